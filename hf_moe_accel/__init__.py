@@ -1,0 +1,53 @@
+"""Fine-tune mixture-of-experts models with one changed import.
+
+`Trainer` -> `AcceleratedMoETrainer`, or transformers' `AutoModelForCausalLM` -> ours. Names load on first use, so that
+`import hf_moe_accel` costs nothing and has no side effect.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_moe_accel.auto import AutoModelForCausalLM
+    from hf_moe_accel.callbacks.plugin import MoEAccelCallback
+    from hf_moe_accel.config import MoEAccelConfig
+    from hf_moe_accel.optim import clip_grad_norm_, parameter_groups
+    from hf_moe_accel.prepare import prepare_moe_model
+    from hf_moe_accel.trainers.hf import AcceleratedMoETrainer
+    from hf_moe_accel.trainers.mixin import AcceleratedMoEMixin
+
+__version__ = "0.1.0.dev0"
+
+_MODULE_OF = {
+    "AcceleratedMoEMixin": "trainers.mixin",
+    "AcceleratedMoETrainer": "trainers.hf",
+    "AutoModelForCausalLM": "auto",
+    "MoEAccelCallback": "callbacks.plugin",
+    "MoEAccelConfig": "config",
+    "clip_grad_norm_": "optim",
+    "parameter_groups": "optim",
+    "prepare_moe_model": "prepare",
+}
+
+__all__ = [
+    "AcceleratedMoEMixin",
+    "AcceleratedMoETrainer",
+    "AutoModelForCausalLM",
+    "MoEAccelCallback",
+    "MoEAccelConfig",
+    "clip_grad_norm_",
+    "parameter_groups",
+    "prepare_moe_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,81 @@
+"""The one configuration of the library: flat, readable by every HF argument parser, checked by arithmetic alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class MoEAccelConfig:
+    """How a mixture-of-experts model is spread over the ranks and computed.
+
+    Every default means "choose well by yourself". A value that you write is honoured or is an error; only "auto"
+    falls back. Parses beside `TrainingArguments`, `SFTConfig` or `DPOConfig` with `HfArgumentParser` and `TrlParser`.
+
+    Raises:
+        ValueError: a value is out of its range; names the value, the limit and the fix.
+    """
+
+    # The union ends in None so that HfArgumentParser hands the text over unconverted ("auto" or a number).
+    ep_size: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Expert parallelism: the number of ranks that share one full set of experts. It must divide the "
+            "number of experts and the ranks of a replica. 'auto': the largest number that divides the experts and "
+            "the ranks in a node. 1: no expert parallelism (FSDP only)."
+        },
+    )
+    dp_replicate_size: int = field(
+        default=1,
+        metadata={
+            "help": "Copies of the whole sharded model (HSDP): weights are sharded within a copy, gradients are "
+            "all-reduced between copies. Use the number of nodes when the network between them is slow."
+        },
+    )
+    token_dispatcher: str = field(
+        default="auto",
+        metadata={
+            "help": "How tokens reach the ranks of their experts: 'auto', 'all_to_all' (NCCL or gloo collectives; "
+            "needs ep_size > 1), 'local' (every rank has all experts; needs ep_size 1)."
+        },
+    )
+    expert_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "How the experts compute: 'auto', 'grouped_mm' (torch's grouped matrix product), 'eager' (a loop "
+            "over the experts: the slow reference)."
+        },
+    )
+    collective_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds that a rank may wait in an exchange of tokens before every rank prints who is where and "
+            "the job ends. Raise it when single steps take minutes."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check each value by arithmetic alone; no device, no network, no process group is touched."""
+        self.ep_size = self._parse_ep_size(self.ep_size)
+        if self.dp_replicate_size < 1:
+            raise ValueError(f"dp_replicate_size={self.dp_replicate_size} must be 1 or more; 1 means one copy.")
+        if not self.collective_timeout > 0:
+            raise ValueError(
+                f"collective_timeout={self.collective_timeout} must be more than 0 seconds; the default is 600."
+            )
+        for name in ("token_dispatcher", "expert_backend"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name}={value!r} must be a name, for example {name}='auto'.")
+
+    @staticmethod
+    def _parse_ep_size(value: int | str | None) -> int | str:
+        if value is None or value == "auto":
+            return "auto"
+        try:
+            size = int(value)
+        except ValueError:
+            size = 0
+        if size < 1 or isinstance(value, bool):
+            raise ValueError(f"ep_size={value!r} must be 'auto' or a whole number of ranks, 1 or more.")
+        return size

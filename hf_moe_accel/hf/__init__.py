@@ -1,0 +1,1 @@
+"""THE BORDER: upstream's shapes in, upstream's shapes out."""

@@ -1,0 +1,126 @@
+"""Finds the experts of a model by the attributes that transformers' decorator leaves on them, not by model name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_moe_accel.experts.base import ExpertsSpec
+
+# What `transformers.integrations.moe.use_experts_implementation` sets on a module.
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "num_experts")
+
+# What cannot be read off: routed experts that do not follow the decorator's contract (x, ids, weights) -> out over
+# stacked [E, ...] parameters. Class name -> why.
+_NOT_STANDARD = {
+    "DbrxExperts": "its experts share one flat weight",
+    "DogeCDMoE": "its experts are rows of embeddings",
+    "JetMoeParallelExperts": "its experts take rows that are sorted already",
+    "Llama4TextExperts": "its experts take every token for every expert, without routing arguments",
+    "LongcatFlashExperts": "it has experts without weights among the others",
+    "NllbMoeExperts": "its experts are separate modules",
+    "Step3p5Experts": "its activation differs from layer to layer",
+    "Step3p7Experts": "its activation differs from layer to layer",
+    "SwitchTransformersExperts": "its experts are separate modules",
+    "VitPoseNaiveMoe": "its experts are separate modules",
+}
+WHAT_WORKS = (
+    "Models whose experts carry transformers' `use_experts_implementation` work: Qwen3-MoE, Mixtral, DeepSeek, "
+    "GPT-OSS, OLMoE, GLM-4-MoE, Granite-MoE, Nemotron-H and about 80 more."
+)
+
+
+@dataclass(frozen=True)
+class FoundExperts:
+    """One experts module of a model.
+
+    Attributes:
+        name: its name in the model.
+        module: the module.
+        spec: what it computes.
+        parameters: names, from the module, in the order of `ExpertWeights`; None where it has none.
+    """
+
+    name: str
+    module: Any
+    spec: ExpertsSpec
+    parameters: tuple[str | None, ...]
+
+    def weight(self, place: int) -> Tensor:
+        """The parameter at a place of `ExpertWeights`."""
+        name = self.parameters[place]
+        assert name is not None
+        weight: Tensor = self.module.get_parameter(name)
+        return weight
+
+
+def find_experts(model: nn.Module) -> list[FoundExperts]:
+    """The experts modules of a model, in order; empty for a dense model.
+
+    Raises:
+        ValueError: PEFT has wrapped experts, or an activation has parameters of its own.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not all(hasattr(module, flag) for flag in _FLAGS):
+            continue
+        if "down_proj" in module._parameters:
+            found.append(_describe(name, module))
+        elif hasattr(module, "base_layer"):
+            raise ValueError(
+                f"PEFT has put an adapter on the experts {name!r} ({type(module).__name__}), which expert parallelism "
+                "would feed wrongly. Leave the experts out of `target_parameters` and `target_modules` (for example "
+                "target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']); LoRA on experts is not supported yet."
+            )
+    return found
+
+
+def why_not_standard(model: nn.Module) -> str | None:
+    """For a mixture-of-experts model whose experts we cannot serve: which and why, as one sentence."""
+    for name, module in model.named_modules():
+        # FSDP2 renames a class to FSDP<Name>.
+        reason = _NOT_STANDARD.get(type(module).__name__.removeprefix("FSDP"))
+        if reason is not None:
+            return f"{name!r} is of the kind {type(module).__name__}: {reason}. {WHAT_WORKS}"
+    return None
+
+
+def _describe(name: str, module: Any) -> FoundExperts:
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = module.get_parameter(up_name), module.get_parameter("down_proj")
+    out_of, into = (2, 1) if module.is_transposed else (1, 2)
+    gate: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
+    act_fn = getattr(module, "act_fn", None)
+    if isinstance(act_fn, nn.Module) and next(act_fn.parameters(), None) is not None:
+        raise ValueError(
+            f"the activation {type(act_fn).__name__} of the experts {name!r} has trainable parameters of its own, "
+            "which is not supported: use an activation without parameters (for example hidden_act='silu')."
+        )
+    post_norm, post_norm_name = None, None
+    if module.has_post_expert_norm:
+        post_norm_name = "post_expert_norm.weight"
+        post_norm = _functional(module.post_expert_norm)
+    spec = ExpertsSpec(
+        num_experts=up.shape[0],
+        hidden_size=down.shape[out_of],
+        pre_activation_size=up.shape[out_of],
+        intermediate_size=down.shape[into],
+        is_transposed=module.is_transposed,
+        has_bias=module.has_bias,
+        gate=gate,
+        post_norm=post_norm,
+    )
+    biases = (f"{up_name}_bias", "down_proj_bias") if module.has_bias else (None, None)
+    return FoundExperts(name, module, spec, (up_name, "down_proj", *biases, post_norm_name))
+
+
+def _functional(norm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def post_norm(y_RD: Tensor, weight_D: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(norm, {"weight": weight_D}, (y_RD,))
+        return out
+
+    return post_norm

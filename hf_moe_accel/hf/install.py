@@ -1,0 +1,131 @@
+"""The two seams of transformers that lead to the token path, and the binding of a model's experts to its runtime.
+
+No EP plan (one process, DDP, FSDP with ep 1): the function registered in `ALL_EXPERTS_FUNCTIONS`.
+EP plan: the slot registered in `EPImplementationInterface`, which transformers constructs for each experts module.
+Both are adapters of a few lines; DTensors end here (transformers hands over local tensors inside autograd).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hf_moe_accel.experts.base import ExpertWeights
+from hf_moe_accel.moe import forward as token_path
+
+if TYPE_CHECKING:
+    from hf_moe_accel.hf.discover import FoundExperts
+    from hf_moe_accel.moe.forward import Runtime
+
+NAME = "hf_moe_accel"
+
+_UNBOUND = (
+    "these experts were set up for hf_moe_accel but never bound to a runtime: load the model with "
+    "hf_moe_accel.AutoModelForCausalLM, or call hf_moe_accel.prepare_moe_model(model) before its first forward pass."
+)
+
+
+class Binding:
+    """Ties one experts module to the runtime of its model; lives on the module as `moe_binding`.
+
+    Args:
+        found: the module and how to read it.
+        runtime: of the whole model.
+        layer: the number of the module among the model's experts.
+    """
+
+    def __init__(self, found: FoundExperts, runtime: Runtime, layer: int) -> None:
+        """Read nothing yet: parameters are looked up at each call, since FSDP2 swaps them."""
+        self._spec = found.spec
+        self._getters = [None if name is None else attrgetter(name) for name in found.parameters]
+        self._runtime = runtime
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Run the token path on (.., D) hidden states with (.., K) expert numbers and routing weights."""
+        parameters = ExpertWeights.of(None if get is None else get(module) for get in self._getters)
+        top_k = ids.size(-1)
+        out = _uncompiled_token_path()(
+            self._spec,
+            hidden.reshape(-1, hidden.size(-1)),
+            ids.reshape(-1, top_k),
+            weights.reshape(-1, top_k),
+            parameters,
+            self._runtime,
+            self._layer,
+        )
+        # FSDP2 warns of outputs that are views, since its hook is lost when they are written into.
+        return out if hidden.dim() == 2 else out.reshape(hidden.shape)
+
+
+@cache
+def _uncompiled_token_path() -> Callable[..., Tensor]:
+    """The token path as one region that torch.compile leaves alone: its sizes depend on the data."""
+    wrapped: Callable[..., Tensor] = torch.compiler.disable(token_path.forward)
+    return wrapped
+
+
+def experts_forward(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Seam 1, under our name in `ALL_EXPERTS_FUNCTIONS`."""
+    binding = module.__dict__.get("moe_binding")
+    if binding is None:
+        raise RuntimeError(_UNBOUND)
+    out: Tensor = binding(module, hidden, ids, weights)
+    return out
+
+
+class ExpertParallelSlot(EPImplementation):
+    """Seam 2. Made by transformers when a model is sharded; holds no resource and waits for `bind`."""
+
+    def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
+        """Note the module. The base class is not set up: it would keep the forward that we never call.
+
+        Raises:
+            ValueError: tensor parallelism is on.
+        """
+        if tp_mesh.size() > 1:
+            raise ValueError(
+                f"expert parallelism with tp_size={tp_mesh.size()} is not supported: use tp_size=1; ranks that shared "
+                "a batch under tensor parallelism then train on batches of their own."
+            )
+        self._experts = experts
+        experts.moe_slot = self
+
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Run the token path on this rank's tokens."""
+        return experts_forward(self._experts, hidden, ids, weights)
+
+
+EPImplementationInterface.register(NAME, ExpertParallelSlot)
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def is_sharded_by_us(found: Sequence[FoundExperts]) -> bool:
+    """Whether transformers has put our slot on every experts module."""
+    return all("moe_slot" in experts.module.__dict__ for experts in found)
+
+
+def bind(model: Any, found: Sequence[FoundExperts], runtime: Runtime) -> None:
+    """Lead every experts module of the model to the token path.
+
+    Raises:
+        RuntimeError: transformers would not call our function for one of the modules.
+    """
+    for layer, experts in enumerate(found):
+        experts.module.moe_binding = Binding(experts, runtime, layer)
+    if not is_sharded_by_us(found):
+        model.set_experts_implementation(NAME)
+        for experts in found:
+            chosen = experts.module.config._experts_implementation
+            if chosen != NAME:
+                raise RuntimeError(
+                    f"transformers kept the experts implementation {chosen!r} for {experts.name!r}: "
+                    f"{type(model).__name__} does not let it be set. Please report this model."
+                )

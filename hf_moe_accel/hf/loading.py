@@ -1,0 +1,127 @@
+"""Putting a model, or weights, onto this rank's shard."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.distributed import DistributedConfig
+from transformers.modeling_utils import LoadStateDictConfig
+
+from hf_moe_accel.hf.install import NAME
+from hf_moe_accel.topology import ExpertTopology
+
+
+def distributed_config(topology: ExpertTopology, *, mixed_precision: bool = False) -> DistributedConfig:
+    """Our topology in transformers' words.
+
+    Args:
+        topology: the layout.
+        mixed_precision: fp32 masters, bf16 parameters in forward and backward, fp32 reduction.
+    """
+    return DistributedConfig(
+        fsdp_size=topology.fsdp_size,
+        dp_replicate_size=topology.dp_replicate_size,
+        ep_size=topology.ep_size,
+        ep_implementation=NAME,
+        fsdp_mixed_precision=mixed_precision,
+    )
+
+
+def meta_model(auto_class: Any, source: str | os.PathLike[str], config: Any, **kwargs: Any) -> Any:
+    """The model of a hub id or path without weights or memory: for reading off its structure before anything is read.
+
+    Args:
+        auto_class: transformers' auto class that will load it.
+        source: hub id or local path.
+        config: its configuration, or None to read it.
+        kwargs: of `from_pretrained`; those that choose the configuration's source are used.
+    """
+    if config is None:
+        names = (
+            "cache_dir",
+            "force_download",
+            "local_files_only",
+            "revision",
+            "subfolder",
+            "token",
+            "trust_remote_code",
+        )
+        config = AutoConfig.from_pretrained(source, **{name: kwargs[name] for name in names if name in kwargs})
+    trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    with torch.device("meta"):
+        return auto_class.from_config(config, **trust)
+
+
+def shard_in_place(model: Any, topology: ExpertTopology, *, mixed_precision: bool) -> None:
+    """Shard a loaded model: each rank keeps its slices of its own full copy. All ranks must call.
+
+    Rank 0's weights win, as in DDP: ranks that initialised differently would otherwise shard a mixture.
+    """
+    config = distributed_config(topology, mixed_precision=mixed_precision)
+    _, device, mesh = type(model).prepare_distribute_model(config)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            on_device = tensor.detach().to(device)
+            dist.broadcast(on_device, src=0)
+            tensor.copy_(on_device)
+    type(model).maybe_distribute_model(model, config, mesh)
+    # Sharding made two parameters of each tied pair.
+    model.tie_weights()
+
+
+def load_weights(model: Any, directory: str | os.PathLike[str]) -> None:
+    """Read a standard checkpoint into a live model, sharded or not, in place. All ranks must call.
+
+    Every rank reads only its own slices. Parameters keep their identity, so optimizer and FSDP2 still hold them.
+
+    Raises:
+        ValueError: there is no safetensors file, or its keys are not the model's.
+    """
+    files = sorted(str(path) for path in Path(directory).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{directory} holds no *.safetensors file: give the directory of a saved checkpoint.")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    live = {name: (module, key, p) for name, module, key, p in _named_parameters(model)}
+    device = next(model.parameters()).device
+    mesh = model._device_mesh
+    config = LoadStateDictConfig(
+        pretrained_model_name_or_path=str(directory),
+        device_map={"": device},
+        dtype=model.dtype,
+        dtype_plan=model._get_dtype_plan(model.dtype),
+        device_mesh=mesh,
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    info, _ = type(model)._load_pretrained_model(model, None, files, config)
+    tied = set(model.all_tied_weights_keys)
+    wrong = {
+        "missing": sorted(set(info.missing_keys) - tied),
+        "unexpected": sorted(info.unexpected_keys),
+        "mismatched": sorted(map(str, info.mismatched_keys)),
+    }
+    with torch.no_grad():
+        for name, (module, key, parameter) in live.items():
+            loaded = module._parameters[key]
+            if loaded is not parameter and name not in tied:
+                parameter.copy_(loaded)
+            module._parameters[key] = parameter
+    if any(wrong.values()):
+        raise ValueError(f"{directory} does not fit {type(model).__name__}: {wrong}")
+
+
+def _named_parameters(model: Any) -> list[tuple[str, Any, str, Any]]:
+    return [
+        (f"{prefix}.{key}" if prefix else key, module, key, parameter)
+        for prefix, module in model.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    ]

@@ -1,0 +1,23 @@
+"""One logger for what users should see: on rank 0, at INFO, also when the program has set up no logging."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+logger = logging.getLogger("hf_moe_accel")
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str, *, level: int = logging.INFO) -> None:
+    """Log once for all ranks. Not a collective: the other ranks stay silent."""
+    if not is_rank_zero():
+        return
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+    logger.log(level, message)

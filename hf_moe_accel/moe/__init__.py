@@ -1,0 +1,1 @@
+"""THE TOKEN PATH: where the stations meet."""

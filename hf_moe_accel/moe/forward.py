@@ -1,0 +1,193 @@
+"""The token path: dispatch, compute, combine, and the one autograd.Function that orders them in both directions.
+
+    ids_TK ---plan--->  who sends what (the one host sync)
+    x_TD, weights_TK ---dispatch--->  x_ND, weights_R by expert ---experts--->  y_ND ---combine--->  out_TD
+    backward:  grad_TD ---combine_backward---> grad_ND ---experts---> rows' gradients ---dispatch_backward--->
+                                                              (weights' gradients while they travel)
+
+Shape letters: the legend of `ops/permutation`.
+
+[Note: what is kept between forward and backward]
+Only tensors handed to `save_for_backward`: the parameters themselves (FSDP2 frees and gathers them under our hands, so
+no copy, view list or pointer), the received rows, the index tensors, and what the backend returns. Saved-tensor hooks
+(checkpointing, offloading) therefore see all of it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_moe_accel.dispatch.base import TokenDispatcher
+from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads, RowGrads
+from hf_moe_accel.moe.stats import RoutingStats
+
+
+class Runtime(Protocol):
+    """What the path uses of the runtime that `prepare` makes."""
+
+    dispatcher: TokenDispatcher
+    backend: ExpertBackend
+    stats: RoutingStats
+
+    def step_of(self, layer: int) -> int:
+        """The number of the running forward pass; called once a layer."""
+
+    def waiting(self, step: int, layer: int, direction: str) -> AbstractContextManager[None]:
+        """Marks a wait for other ranks."""
+
+
+def forward(
+    spec: ExpertsSpec,
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    weights: ExpertWeights,
+    runtime: Runtime,
+    layer: int,
+) -> Tensor:
+    """The output of the experts for this rank's tokens.
+
+    All ranks of the EP group must call, also with no tokens.
+
+    Args:
+        spec: what the experts compute.
+        x_TD: [T, D] floating point.
+        ids_TK: [T, K] integer, experts of the whole model.
+        weights_TK: [T, K] floating point routing weights.
+        weights: this rank's parameters, plain tensors.
+        runtime: dispatcher, backend and what watches them.
+        layer: the number of the layer among the model's MoE layers.
+
+    Returns:
+        [T, D] in the dtype of `x_TD`.
+    """
+    if torch.is_grad_enabled():
+        runtime.stats.add(layer, ids_TK)
+    dtype = _compute_dtype(weights.up)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        out: Tensor = _TokenPath.apply(  # type: ignore[no-untyped-call]
+            spec, runtime, layer, dtype, x_TD, ids_TK, weights_TK, *weights
+        )
+    return out
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the experts' products: the parameters', but under autocast fp32 masters compute in its dtype."""
+    device = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+class _TokenPath(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        spec: ExpertsSpec,
+        runtime: Runtime,
+        layer: int,
+        dtype: torch.dtype,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        dispatcher, backend = runtime.dispatcher, runtime.backend
+        step = runtime.step_of(layer)
+        weights = _cast(parameters, dtype)
+        with runtime.waiting(step, layer, "forward, plan"):
+            plan = dispatcher.plan(ids_TK, spec.num_experts)
+        sending = dispatcher.dispatch(x_TD.to(dtype), weights_TK, plan, 0)
+        with runtime.waiting(step, layer, "forward, dispatch"):
+            rows = sending.wait()
+        y_ND, saved = backend.forward(spec, weights, rows)
+        returning = dispatcher.combine(y_ND, plan, 0)
+        with runtime.waiting(step, layer, "forward, combine"):
+            out_TD = returning.wait()
+
+        tensors, skeleton = _take_tensors((plan, rows, saved))
+        ctx.save_for_backward(*tensors, *parameters)
+        ctx.call = (spec, runtime, layer, step, dtype, skeleton, len(tensors))
+        ctx.dtypes = (x_TD.dtype, weights_TK.dtype)
+        return out_TD.to(x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        spec, runtime, layer, step, dtype, skeleton, num_tensors = ctx.call
+        dispatcher, backend = runtime.dispatcher, runtime.backend
+        kept = ctx.saved_tensors
+        parameters = kept[num_tensors:]
+        plan, rows, saved = _put_tensors(skeleton, iter(kept[:num_tensors]))
+        weights = _cast(parameters, dtype)
+        need_x, _, need_routing, *needs = ctx.needs_input_grad[4:]
+
+        sending = dispatcher.combine_backward(grad_TD.to(dtype).contiguous(), plan, 0)
+        with runtime.waiting(step, layer, "backward, combine"):
+            grad_ND = sending.wait()
+        grads: RowGrads = backend.backward_rows(
+            spec, weights, rows, saved, grad_ND, need_x=need_x, need_routing=need_routing
+        )
+        returning = dispatcher.dispatch_backward(grads.x_ND, grads.weights_R, plan, 0, rows)
+        of_weights = backend.backward_weights(spec, weights, rows, grads, NeededGrads(*needs))
+        with runtime.waiting(step, layer, "backward, dispatch"):
+            grad_x_TD, grad_weights_TK = returning.wait()
+        if of_weights.post_norm is not None:
+            # The experts share this weight, so its gradient has a part on every rank of the EP group.
+            with runtime.waiting(step, layer, "backward, post-norm"):
+                of_weights = of_weights._replace(post_norm=dispatcher.sum_over_ep(of_weights.post_norm))
+        x_dtype, routing_dtype = ctx.dtypes
+        return (
+            None,
+            None,
+            None,
+            None,
+            None if grad_x_TD is None else grad_x_TD.to(x_dtype),
+            None,
+            None if grad_weights_TK is None else grad_weights_TK.to(routing_dtype),
+            *(None if g is None else g.to(p.dtype) for g, p in zip(of_weights, parameters, strict=True)),
+        )
+
+
+def _cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> ExpertWeights:
+    return ExpertWeights.of(None if p is None else p.to(dtype) for p in parameters)
+
+
+class _Slot:
+    """Stands in a skeleton where a tensor was taken out."""
+
+
+def _take_tensors(tree: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of nested tuples and dataclasses, in order, and the tree with a slot for each."""
+    if isinstance(tree, Tensor):
+        return [tree], _Slot
+    if isinstance(tree, tuple):
+        parts = [_take_tensors(item) for item in tree]
+        tensors = [tensor for found, _ in parts for tensor in found]
+        items = [skeleton for _, skeleton in parts]
+        return tensors, type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        values = {f.name: _take_tensors(getattr(tree, f.name)) for f in fields(tree)}
+        tensors = [tensor for found, _ in values.values() for tensor in found]
+        return tensors, replace(tree, **{name: skeleton for name, (_, skeleton) in values.items()})
+    return [], tree
+
+
+def _put_tensors(skeleton: Any, tensors: Any) -> Any:
+    """The inverse of `_take_tensors`."""
+    if skeleton is _Slot:
+        return next(tensors)
+    if isinstance(skeleton, tuple):
+        items = [_put_tensors(item, tensors) for item in skeleton]
+        return type(skeleton)(*items) if hasattr(skeleton, "_fields") else tuple(items)
+    if is_dataclass(skeleton) and not isinstance(skeleton, type):
+        return replace(
+            skeleton, **{f.name: _put_tensors(getattr(skeleton, f.name), tensors) for f in fields(skeleton)}
+        )
+    return skeleton

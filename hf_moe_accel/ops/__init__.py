@@ -1,0 +1,1 @@
+"""Primitives, and the one file a vendor is imported by."""

@@ -1,0 +1,277 @@
+"""`prepare_moe_model`: the composition root. Everything is chosen, checked and put together here."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from hf_moe_accel.config import MoEAccelConfig
+from hf_moe_accel.dispatch import DISPATCHERS
+from hf_moe_accel.dispatch.base import TokenDispatcher
+from hf_moe_accel.experts import EXPERT_BACKENDS
+from hf_moe_accel.experts.base import ExpertBackend
+from hf_moe_accel.hf.compat import check_versions
+from hf_moe_accel.hf.discover import FoundExperts, find_experts, why_not_standard
+from hf_moe_accel.hf.install import bind, is_sharded_by_us
+from hf_moe_accel.hf.loading import shard_in_place
+from hf_moe_accel.log import say
+from hf_moe_accel.runtime import MoERuntime, runtime_of
+from hf_moe_accel.topology import ExpertTopology
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was chosen for a model, before any weight is read or moved.
+
+    Attributes:
+        topology: how the experts lie on the ranks.
+        dispatcher: name of the token dispatcher.
+        backend: name of the expert backend.
+        notes: for each choice that was not taken, one sentence why.
+    """
+
+    topology: ExpertTopology
+    dispatcher: str
+    backend: str
+    notes: tuple[str, ...]
+
+
+def prepare_moe_model(model: Any, config: MoEAccelConfig | None = None, *, fsdp_mixed_precision: bool = False) -> Any:
+    """Spread a mixture-of-experts model over the ranks and put the fast token path in place. All ranks must call.
+
+    With one process nothing is sharded; with several (torchrun) the dense weights are sharded by FSDP2 and the experts
+    by expert parallelism, in place: each rank keeps its slices of the copy it holds. To read only this rank's slices
+    from disk, load with `hf_moe_accel.AutoModelForCausalLM` instead. Parameter names do not change.
+
+    As a plugin for a Trainer that you cannot change: prepare the model, pass `MoEAccelCallback()`, set
+    `save_only_model=True`. Checkpoints are then standard model files, written through the model's `save_pretrained`
+    (all ranks must call it); such a run cannot be resumed.
+
+    For a loop of your own: give each rank its own batch and scale each rank's loss as FSDP expects, that is
+    `loss = sum of token losses on this rank * world_size / number of tokens on all ranks` (gradients are averaged over
+    the ranks; for batches of equal size this is the usual mean). Clip with `clip_grad_norm_`, and give the optimizer
+    `parameter_groups(model)`. All ranks must run the same number of forward and backward passes.
+
+    Args:
+        model: a loaded `PreTrainedModel`, or a PEFT model around one. A dense model is returned as it is, with a
+            warning.
+        config: None means: choose well.
+        fsdp_mixed_precision: keep fp32 master weights and compute in bf16 (FSDP2's mixed precision; several ranks
+            only). On one process use `torch.autocast`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: a choice cannot be honoured, or the model is sharded, quantized or adapted in a way that does not
+            fit; names the value and the fix.
+    """
+    check_versions()
+    config = config or MoEAccelConfig()
+    base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    if runtime_of(base) is not None:
+        return model
+    found = find_experts(base)
+    setup = choose_setup(base, found, config)
+    if setup is None:
+        return model
+    check_model(base, found)
+    names = [name for name, _ in base.named_parameters()]
+    if setup.topology.world_size > 1 and not is_sharded_by_us(found) and not _is_sharded(base):
+        shard_in_place(base, setup.topology, mixed_precision=fsdp_mixed_precision)
+    runtime = MoERuntime(
+        setup.topology, _make_dispatcher(setup, base), _make_backend(setup), len(found), config.collective_timeout
+    )
+    bind(base, found, runtime)
+    base.moe_runtime = runtime
+    base.save_pretrained = MethodType(_save_pretrained, base)
+    assert [name for name, _ in base.named_parameters()] == names, "preparing a model must not rename its parameters"
+    say(report(base, found, setup))
+    return model
+
+
+def choose_setup(model: nn.Module, found: Sequence[FoundExperts], config: MoEAccelConfig) -> Setup | None:
+    """Choose for a model (which may be on the meta device); None for a model that trains as without us.
+
+    Raises:
+        ValueError: an explicit choice cannot be honoured.
+    """
+    world_size, ranks_per_node = _world()
+    explicit_ep = config.ep_size != "auto" and int(config.ep_size or 1) > 1
+    notes: list[str] = []
+    if not found:
+        reason = why_not_standard(model) or f"{type(model).__name__} has no mixture-of-experts layers"
+        if explicit_ep:
+            raise ValueError(f"ep_size={config.ep_size} cannot be honoured: {reason.rstrip('.')}. Leave ep_size out.")
+        say(f"hf_moe_accel: nothing to accelerate: {reason} It trains as with Trainer.", level=logging.WARNING)
+        return None
+    for name, registry in (("token_dispatcher", DISPATCHERS), ("expert_backend", EXPERT_BACKENDS)):
+        value = getattr(config, name)
+        if value != "auto":
+            registry.check(value)
+    ep_size = config.ep_size if config.ep_size is not None else "auto"
+    if config.token_dispatcher == "local":
+        if explicit_ep:
+            raise ValueError(
+                f"token_dispatcher='local' moves no tokens and cannot serve ep_size={ep_size}: use 'all_to_all', or "
+                "ep_size=1."
+            )
+        ep_size = 1
+    unruled = _without_ep_plan(model, found)
+    if unruled and ep_size != 1 and world_size > 1:
+        reason = (
+            f"{type(model).__name__} has no expert-parallel rule for {unruled!r} in its `base_model_ep_plan`, so "
+            "transformers cannot shard it by expert"
+        )
+        if explicit_ep:
+            raise ValueError(f"ep_size={ep_size} cannot be honoured: {reason}. Use ep_size=1 (FSDP only).")
+        notes.append(f"expert parallelism: {reason}")
+        ep_size = 1
+    topology = ExpertTopology.choose(
+        ep_size,
+        world_size=world_size,
+        ranks_per_node=ranks_per_node,
+        num_experts=math.gcd(*(experts.spec.num_experts for experts in found)),
+        dp_replicate_size=config.dp_replicate_size,
+    )
+    if topology.ep_size == 1 and world_size > 1 and ep_size == "auto":
+        notes.append(
+            f"expert parallelism: no number above 1 divides the {topology.num_experts} experts, the "
+            f"{topology.fsdp_size} ranks of a replica and the {ranks_per_node} ranks of a node"
+        )
+    dispatcher = config.token_dispatcher
+    if dispatcher == "auto":
+        dispatcher = "all_to_all" if topology.ep_size > 1 else "local"
+    if dispatcher == "all_to_all" and topology.ep_size == 1:
+        raise ValueError(
+            f"token_dispatcher='all_to_all' needs ep_size > 1, but {topology.describe()} leaves every expert on every "
+            "rank: start more ranks with torchrun, or leave token_dispatcher out."
+        )
+    backend, backend_notes = _choose_backend(found, config.expert_backend)
+    return Setup(topology, dispatcher, backend, (*notes, *backend_notes))
+
+
+def check_model(model: Any, found: Sequence[FoundExperts]) -> None:
+    """Refuse what would break in the middle of a run.
+
+    Raises:
+        ValueError: the model is quantized, split by device_map, or sharded by something else.
+    """
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+        raise ValueError(
+            "quantized models (quantization_config) are not supported: load the model without quantization_config."
+        )
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model was split over {sorted(devices)} by device_map: load it without device_map=; each rank places "
+            "its own part."
+        )
+    if _is_sharded(model) and not is_sharded_by_us(found) and _ep_size_of(model) != 1:
+        raise ValueError(
+            "the model is already sharded by something else (DTensor parameters): pass it unsharded, or load it with "
+            "hf_moe_accel.AutoModelForCausalLM."
+        )
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        raise ValueError(
+            f"the model was loaded with tp_size={model._tp_size}: tp_size does not carry expert parallelism. Load it "
+            f"without tp_size and pass MoEAccelConfig(ep_size={model._tp_size})."
+        )
+
+
+def report(model: Any, found: Sequence[FoundExperts], setup: Setup) -> str:
+    """What was prepared, for people."""
+    experts = sorted({item.spec.num_experts for item in found})
+    name = type(model).__name__.removeprefix("FSDP")
+    lines = [
+        f"hf_moe_accel: {name}, {len(found)} MoE layers of {' or '.join(map(str, experts))} experts",
+        f"  layout      {setup.topology.describe()}",
+        f"  dispatcher  {setup.dispatcher}",
+        f"  experts     {setup.backend}",
+        *(f"  not taken   {note}" for note in setup.notes),
+    ]
+    return "\n".join(lines)
+
+
+def _world() -> tuple[int, int]:
+    """(ranks of the run, ranks of this node)."""
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return world_size, min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
+
+
+def _without_ep_plan(model: Any, found: Sequence[FoundExperts]) -> str | None:
+    """The first experts module that transformers has no expert-parallel rule for."""
+    plan = model._expand_parallel_plan(model.ep_plan or {})
+    return next((item.name for item in found if plan.get(item.name) != "ep_dispatch_experts"), None)
+
+
+def _choose_backend(found: Sequence[FoundExperts], wanted: str) -> tuple[str, list[str]]:
+    def why_not(name: str) -> str | None:
+        backend = EXPERT_BACKENDS.load(name)
+        for item in found:
+            stored = item.weight(0).dtype
+            # fp32 masters compute in bf16 under mixed precision.
+            for dtype in {stored, torch.bfloat16} if stored == torch.float32 else {stored}:
+                reason = backend.why_not(item.spec, dtype, _device())
+                if reason is not None:
+                    return reason
+        return None
+
+    if wanted != "auto":
+        reason = why_not(wanted)
+        if reason is not None:
+            raise ValueError(
+                f"expert_backend={wanted!r} cannot serve this model: {reason}. Use expert_backend='auto'."
+            )
+        return wanted, []
+    notes: list[str] = []
+    for name in EXPERT_BACKENDS:
+        reason = why_not(name)
+        if reason is None:
+            return name, notes
+        notes.append(f"{name}: {reason}")
+    raise AssertionError("the eager backend serves everything")
+
+
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _make_dispatcher(setup: Setup, model: Any) -> TokenDispatcher:
+    make: Callable[..., TokenDispatcher] = DISPATCHERS.load(setup.dispatcher)
+    if setup.topology.ep_size == 1:
+        return make()
+    return make(model._mesh_manager.get_mesh("ep").get_group())
+
+
+def _make_backend(setup: Setup) -> ExpertBackend:
+    return EXPERT_BACKENDS.load(setup.backend)()
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _ep_size_of(model: Any) -> int | None:
+    """The EP size of a model that transformers sharded at load; None if it was sharded otherwise."""
+    config = getattr(model.config, "distributed_config", None)
+    return None if config is None else int(config.ep_size)
+
+
+def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """`save_pretrained` of a prepared model: a standard checkpoint. All ranks must call.
+
+    Files are in the original hub keys and load with plain transformers. Arguments are those of
+    `PreTrainedModel.save_pretrained`.
+    """
+    type(model).save_pretrained(model, save_directory, **kwargs)

@@ -1,0 +1,1 @@
+"""Trainers: upstream's classes with the mixin in front."""

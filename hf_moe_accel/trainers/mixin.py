@@ -1,0 +1,178 @@
+"""What makes any trainer of transformers or TRL an expert-parallel one."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from hf_moe_accel.auto import AutoModelForCausalLM
+from hf_moe_accel.config import MoEAccelConfig
+from hf_moe_accel.hf.discover import find_experts
+from hf_moe_accel.hf.loading import load_weights, meta_model
+from hf_moe_accel.log import say
+from hf_moe_accel.prepare import choose_setup, prepare_moe_model
+from hf_moe_accel.runtime import MoERuntime, runtime_of
+from hf_moe_accel.trainers.agree import AgreeingLoader, agreed_count
+from hf_moe_accel.trainers.arguments import refuse_arguments, refuse_plugins
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class AcceleratedMoEMixin(_Base):
+    """Put it first in the bases: `class Mine(AcceleratedMoEMixin, AnyTrainer)`.
+
+    The model is prepared in `create_accelerator_and_postprocess`: after PEFT and the process group, before placement,
+    optimizer and reference models. Checkpoints hold the model, in standard files; the optimizer state of a
+    mixture-of-experts model is not saved yet, so such a run cannot be resumed.
+    """
+
+    def __init__(self, *args: Any, moe_config: MoEAccelConfig | None = None, **kwargs: Any) -> None:
+        """As the trainer it is mixed into, plus `moe_config`. All ranks must call.
+
+        Args:
+            args: of the trainer.
+            moe_config: how experts are spread and computed; None means: choose well.
+            kwargs: of the trainer. `model` may be a loaded model, a hub id or a local path.
+
+        Raises:
+            ValueError: an argument that does not go with a mixture-of-experts model, before weights are read.
+        """
+        self.moe_config = moe_config or MoEAccelConfig()
+        bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        model, training_args = bound.arguments.get("model"), bound.arguments.get("args")
+        if isinstance(model, str | os.PathLike):
+            bound.arguments["model"] = self._load(model, training_args)
+        self._user_save_only_model: bool | None = None
+        try:
+            super().__init__(*bound.args, **bound.kwargs)
+        finally:
+            if self._user_save_only_model is not None:
+                self.args.save_only_model = self._user_save_only_model
+        if self._moe_runtime is not None and self.args.save_strategy != "no" and not self.args.save_only_model:
+            say(
+                "hf_moe_accel: checkpoints hold the model only: the optimizer state of a mixture-of-experts model is "
+                "not saved yet, and the run cannot be resumed. save_only_model=True says so and ends this warning.",
+                level=logging.WARNING,
+            )
+
+    @property
+    def _moe_runtime(self) -> MoERuntime | None:
+        return None if self.model is None else runtime_of(self.model)
+
+    def _load(self, source: str | os.PathLike[str], training_args: Any) -> Any:
+        """The model of a hub id or path; arguments are refused before its weights are read."""
+        structure = meta_model(AutoModelForCausalLM._auto_class, source, None)
+        is_moe = choose_setup(structure, find_experts(structure), self.moe_config) is not None
+        if is_moe:
+            refuse_arguments(training_args)
+        if training_args is not None:
+            # Accelerate makes the process group, with the arguments' backend and timeout, before transformers would.
+            _ = training_args.device
+        mixed_precision = training_args is not None and training_args.bf16 and structure.dtype == torch.float32
+        return AutoModelForCausalLM.from_pretrained(
+            source, moe_config=self.moe_config, fsdp_mixed_precision=mixed_precision
+        )
+
+    def _prepare_model(self, model: Any) -> Any:
+        """Prepare a model that training made or was given; does nothing to a dense one or one that is prepared."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if runtime_of(model) is None and choose_setup(base, find_experts(base), self.moe_config) is None:
+            return model
+        refuse_arguments(self.args)
+        refuse_plugins(self.accelerator)
+        masters = next(base.parameters()).dtype == torch.float32
+        prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=self.args.bf16 and masters)
+        return model
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, then prepare the model. All ranks must call."""
+        super().create_accelerator_and_postprocess()
+        if self.model is not None:
+            self._prepare_model(self.model)
+        # Trainer.__init__ raises for sharded models that would save their optimizer; `__init__` puts the value back.
+        self._user_save_only_model = self.args.save_only_model
+        self.args.save_only_model = self.args.save_only_model or self.model is None or self._moe_runtime is not None
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A fresh model for a run or a trial, prepared; the one before gives back what it holds."""
+        self._close()
+        return self._prepare_model(super().call_model_init(trial))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in the trainer.
+
+        Raises:
+            ValueError: `resume_from_checkpoint` is given for a mixture-of-experts model.
+        """
+        if resume_from_checkpoint and self._moe_runtime is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: runs of mixture-of-experts models cannot be "
+                "resumed yet, since their optimizer state is not saved. To go on from the saved weights with a new "
+                "optimizer, load that directory as the model and call train() without resume_from_checkpoint."
+            )
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._close()
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        """The micro-batches of a step; with data of unknown length as many as every rank has."""
+        if not self._ranks_must_agree(self.train_dataset):
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches = batches[: agreed_count(len(batches), device)]
+        return super().get_batch_samples(iter(batches), len(batches), device)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in the trainer; with data of unknown length it ends on all ranks together."""
+        return self._agreeing(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in the trainer; with data of unknown length it ends on all ranks together."""
+        return self._agreeing(super().get_test_dataloader(test_dataset))
+
+    def _agreeing(self, loader: Any) -> Any:
+        return AgreeingLoader(loader, self.args.device) if self._ranks_must_agree(loader.dataset) else loader
+
+    def _ranks_must_agree(self, dataset: Any) -> bool:
+        runtime = self._moe_runtime
+        return runtime is not None and runtime.topology.world_size > 1 and isinstance(dataset, IterableDataset)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint of a mixture-of-experts model holds the model and the trainer's state."""
+        if self._moe_runtime is None:
+            super()._save_checkpoint(model, trial)
+            return
+        with self._saving_only_the_model():
+            super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        """Read the best checkpoint into the live model. All ranks must call."""
+        if self._moe_runtime is None or hasattr(self.model, "peft_config"):
+            super()._load_best_model()
+            return
+        load_weights(self.model, self.state.best_model_checkpoint)
+
+    @contextmanager
+    def _saving_only_the_model(self) -> Iterator[None]:
+        chosen = self.args.save_only_model
+        self.args.save_only_model = True
+        try:
+            yield
+        finally:
+            self.args.save_only_model = chosen
+
+    def _close(self) -> None:
+        runtime = self._moe_runtime
+        if runtime is not None:
+            runtime.close()

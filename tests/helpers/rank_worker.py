@@ -1,0 +1,176 @@
+"""The worker's side of `ranks.RanksPool`: one process that runs its rank of one case after another."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import io
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+STACK_SIGNAL = signal.SIGUSR1  # a worker answers it with the Python stacks of its threads, on stderr
+
+# Imported once, in the server that workers are forked from.
+PRELOAD = (
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "accelerate",
+    "transformers",
+    "transformers.trainer",
+)
+
+_SHOWN_LOCAL = 200  # characters of a local variable shown with a failed assertion
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one rank has to do."""
+
+    call: bytes  # pickled (fn, args, kwargs)
+    environ: dict[str, str]
+    cwd: str
+    path: list[str]  # sys.path
+    init: bool  # initialize the process group, where there is more than one rank
+    group_timeout: float  # seconds
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of running a case, and then of cleaning up after it."""
+
+    value: bytes = b""  # pickled
+    error: str = ""  # traceback; empty on success
+    error_line: str = ""  # the exception alone
+    time: float = field(default_factory=time.monotonic)  # one clock for all processes of a machine
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as plain CPU tensors: no shared memory, no autograd history, no storage beyond the values."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.Tensor):
+            return NotImplemented
+        if isinstance(obj, DTensor):
+            raise TypeError("a DTensor cannot leave its rank: return its .full_tensor() or .to_local()")
+        return obj.detach().cpu().clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+
+
+def dumps(value: Any) -> bytes:
+    """Pickles a value whose tensors arrive as plain CPU tensors."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+def worker_main(conn: Connection, log: str) -> None:
+    """Runs cases from `conn` until it closes, with stdout and stderr appended to the file `log`."""
+    os.setsid()  # whatever a case starts can be killed together with its worker
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the server that forked us ends with the session
+    fd = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    faulthandler.enable(file=2)
+    faulthandler.register(STACK_SIGNAL, file=2)
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # the collections between cases need not look at the imports
+
+    conn.send_bytes(b"")
+    while True:
+        try:
+            case: Case = pickle.loads(conn.recv_bytes())
+        except EOFError:
+            return
+        with warnings.catch_warnings():
+            conn.send_bytes(pickle.dumps(_run(case)))
+            conn.recv_bytes()
+            conn.send_bytes(pickle.dumps(_clean_up()))
+
+
+def _run(case: Case) -> Report:
+    try:
+        os.environ.clear()
+        os.environ.update(case.environ)
+        os.chdir(case.cwd)
+        sys.path[:] = case.path
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        fn, args, kwargs = pickle.loads(case.call)
+        if case.init and "WORLD_SIZE" in os.environ:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=case.group_timeout))
+        return Report(value=dumps(fn(*args, **kwargs)))
+    except BaseException as exc:  # SystemExit and pytest's outcomes too: they are a failure of the case
+        return _failure(exc)
+
+
+def _clean_up() -> Report:
+    try:
+        gc.collect()  # models and meshes go before the groups that they use
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _reset_torch()
+        _reset_hugging_face()
+        gc.collect()
+        return Report()
+    except BaseException as exc:
+        return _failure(exc)
+
+
+def _reset_torch() -> None:
+    from torch.distributed.device_mesh import _mesh_resources
+    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_grad_enabled(True)
+    torch.use_deterministic_algorithms(False)
+    # The meshes of two cases compare equal although their process groups differ: no cached one may survive.
+    _mesh_resources.mesh_stack.clear()
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+def _reset_hugging_face() -> None:
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.utils import logging
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    logging.set_verbosity_warning()
+    logging.warning_once.cache_clear()  # else only the first case of a session would see the warning
+
+
+def _failure(exc: BaseException) -> Report:
+    summary = traceback.TracebackException.from_exception(exc, capture_locals=isinstance(exc, AssertionError))
+    del summary.stack[0]  # ours
+    # pytest explains a failed assertion only in its own process: here the variables in sight have to do.
+    for frame in summary.stack[:-1]:
+        frame.locals = None
+    for frame in summary.stack[-1:]:
+        frame.locals = frame.locals and {name: text[:_SHOWN_LOCAL] for name, text in frame.locals.items()}
+    return Report(error="".join(summary.format()), error_line=list(summary.format_exception_only())[-1])

@@ -1,0 +1,112 @@
+"""Six training steps on 1, 2 and 4 ranks equal plain `Trainer` in one process, and so does what is saved."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig
+from tests.helpers.models import TRAINED_MOE, ragged_batch_dataset, tiny_model
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tolerances import assert_close
+
+pytestmark = pytest.mark.trajectory
+
+GLOBAL_BATCH = 8
+ACCUMULATION = 2
+STEPS = 6
+
+
+def train(
+    name: str, output_dir: str, world_size: int, trainer_class: Any, arguments: dict[str, Any], **options: Any
+) -> list[tuple[float, float]]:
+    """[(loss, gradient norm)] by step; saves the model in `output_dir`/final."""
+    args = TrainingArguments(
+        output_dir=output_dir,
+        use_cpu=True,
+        per_device_train_batch_size=GLOBAL_BATCH // world_size // ACCUMULATION,
+        gradient_accumulation_steps=ACCUMULATION,
+        max_steps=STEPS,
+        logging_steps=1,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        # At the first step nothing is left of a gradient but its sign, however small and inexact it is.
+        adam_epsilon=1e-3,
+        max_grad_norm=1.0,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **arguments,
+    )
+    model = tiny_model(name, **options.pop("model", {}))
+    trainer = trainer_class(
+        model=model, args=args, train_dataset=ragged_batch_dataset(GLOBAL_BATCH * STEPS, 24, seed=3), **options
+    )
+    trainer.train()
+    trainer.save_model(f"{output_dir}/final")
+    return [(h["loss"], float(h["grad_norm"])) for h in trainer.state.log_history if "loss" in h]
+
+
+def train_ours(name: str, output_dir: str, world_size: int, config: dict[str, Any], **arguments: Any) -> Any:
+    return train(name, output_dir, world_size, AcceleratedMoETrainer, arguments, moe_config=MoEAccelConfig(**config))
+
+
+def train_plain(name: str, output_dir: str, world_size: int, **arguments: Any) -> Any:
+    return train(name, output_dir, world_size, Trainer, arguments)
+
+
+@cache
+def baseline(name: str, directory: Path) -> Any:
+    (values,) = run_ranks(train_plain, 1, name, str(directory), 1)
+    return values
+
+
+@pytest.fixture(scope="session")
+def baseline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("baseline")
+
+
+LAYOUTS = {
+    "1 rank": (1, {}),
+    "2 ranks, ep 2": (2, {"ep_size": 2}),
+    "2 ranks, ep 1": (2, {"ep_size": 1}),
+    "4 ranks, ep 4": (4, {"ep_size": 4}),
+    "4 ranks, ep 2, efsdp 2": (4, {"ep_size": 2}),
+    "4 ranks, ep 2, replicas 2": (4, {"ep_size": 2, "dp_replicate_size": 2}),
+}
+# Every architecture on the layouts that differ most; one architecture on all.
+CASES = [
+    (name, layout)
+    for name in TRAINED_MOE
+    for layout in LAYOUTS
+    if name == "qwen3_moe" or layout in ("1 rank", "2 ranks, ep 2", "4 ranks, ep 4", "4 ranks, ep 2, efsdp 2")
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_training_equals_plain_trainer(name: str, layout: str, baseline_dir: Path, tmp_path: Path) -> None:
+    world_size, config = LAYOUTS[layout]
+    expected = baseline(name, baseline_dir / name)
+    actual = run_ranks(train_ours, world_size, name, str(tmp_path), world_size, config, init=False)
+    assert all(values == actual[0] for values in actual), "the ranks disagree"
+    assert_close(actual[0], expected, "training")
+    assert_same_checkpoint(tmp_path / "final", baseline_dir / name / "final")
+
+
+def assert_same_checkpoint(actual: Path, expected: Path) -> None:
+    ours, theirs = load_checkpoint(actual), load_checkpoint(expected)
+    assert_close(ours, theirs, "training")
+    _, info = AutoModelForCausalLM.from_pretrained(actual, output_loading_info=True)
+    assert not any(info.values()), info
+    assert "hf_moe_accel" not in (actual / "config.json").read_text()
+
+
+def load_checkpoint(directory: Path) -> dict[str, torch.Tensor]:
+    return {key: value for file in directory.glob("*.safetensors") for key, value in load_file(file).items()}
