@@ -20,6 +20,7 @@ from hf_moe_accel.dispatch import DISPATCHERS
 from hf_moe_accel.dispatch.base import TokenDispatcher
 from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.base import ExpertBackend
+from hf_moe_accel.hf.checkpointing import keep_exchanges_when_checkpointing
 from hf_moe_accel.hf.compat import check_versions
 from hf_moe_accel.hf.discover import FoundExperts, find_experts, why_not_standard
 from hf_moe_accel.hf.install import bind, is_sharded_by_us
@@ -93,6 +94,7 @@ def prepare_moe_model(model: Any, config: MoEAccelConfig | None = None, *, fsdp_
         setup.topology, _make_dispatcher(setup, base), _make_backend(setup), len(found), config.collective_timeout
     )
     bind(base, found, runtime)
+    keep_exchanges_when_checkpointing(base)
     base.moe_runtime = runtime
     base.save_pretrained = MethodType(_save_pretrained, base)
     assert [name for name, _ in base.named_parameters()] == names, "preparing a model must not rename its parameters"

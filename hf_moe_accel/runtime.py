@@ -54,9 +54,9 @@ class MoERuntime:
         self._passes = 0
         self._watchdog: Watchdog | None = None
 
-    def step_of(self, layer: int) -> int:
-        """The number of the running forward pass: the first MoE layer begins a new one."""
-        if layer == 0:
+    def step_of(self, layer: int, *, again: bool) -> int:
+        """The number of the running forward pass: the first MoE layer begins a new one, unless it runs `again`."""
+        if layer == 0 and not again:
             self._passes += 1
         return self._passes
 

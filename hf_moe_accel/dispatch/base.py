@@ -45,7 +45,12 @@ class TokenDispatcher(ABC):
     a frozen dataclass of tensors and plain numbers: `moe/forward` saves its tensors for the backward pass.
 
     All ranks of the EP group must call each method, in the same order, also with no tokens.
+
+    Attributes:
+        moves_rows: whether rows travel between ranks, so that keeping them may be cheaper than sending them again.
     """
+
+    moves_rows = True
 
     @abstractmethod
     def plan(self, ids_TK: Tensor, num_experts: int, chunks: int = 1) -> Any:

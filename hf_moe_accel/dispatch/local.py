@@ -23,6 +23,8 @@ class LocalPlan:
 class LocalDispatcher(TokenDispatcher):
     """Every rank holds all experts, so rows stay where they are: a row is a token, and no count is read back."""
 
+    moves_rows = False
+
     def plan(self, ids_TK: Tensor, num_experts: int, chunks: int = 1) -> LocalPlan:
         """Only cut the tokens into chunks."""
         parts = ids_TK.tensor_split(chunks)

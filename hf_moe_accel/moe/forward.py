@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_moe_accel.dispatch.base import TokenDispatcher
 from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads, RowGrads
+from hf_moe_accel.moe.replay import Exchange, current_region
 from hf_moe_accel.moe.stats import RoutingStats
 
 
@@ -35,8 +36,8 @@ class Runtime(Protocol):
     backend: ExpertBackend
     stats: RoutingStats
 
-    def step_of(self, layer: int) -> int:
-        """The number of the running forward pass; called once a layer."""
+    def step_of(self, layer: int, *, again: bool) -> int:
+        """The number of the running forward pass; called once a layer, and `again` in a recompute."""
 
     def waiting(self, step: int, layer: int, direction: str) -> AbstractContextManager[None]:
         """Marks a wait for other ranks."""
@@ -67,12 +68,10 @@ def forward(
     Returns:
         [T, D] in the dtype of `x_TD`.
     """
-    if torch.is_grad_enabled():
-        runtime.stats.add(layer, ids_TK)
     dtype = _compute_dtype(weights.up)
     with torch.autocast(x_TD.device.type, enabled=False):
         out: Tensor = _TokenPath.apply(  # type: ignore[no-untyped-call]
-            spec, runtime, layer, dtype, x_TD, ids_TK, weights_TK, *weights
+            spec, runtime, layer, dtype, torch.is_grad_enabled(), x_TD, ids_TK, weights_TK, *weights
         )
     return out
 
@@ -93,29 +92,42 @@ class _TokenPath(torch.autograd.Function):
         runtime: Runtime,
         layer: int,
         dtype: torch.dtype,
+        counts: bool,
         x_TD: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
         dispatcher, backend = runtime.dispatcher, runtime.backend
-        step = runtime.step_of(layer)
         weights = _cast(parameters, dtype)
-        with runtime.waiting(step, layer, "forward, plan"):
-            plan = dispatcher.plan(ids_TK, spec.num_experts)
-        sending = dispatcher.dispatch(x_TD.to(dtype), weights_TK, plan, 0)
-        with runtime.waiting(step, layer, "forward, dispatch"):
-            rows = sending.wait()
-        y_ND, saved = backend.forward(spec, weights, rows)
-        returning = dispatcher.combine(y_ND, plan, 0)
-        with runtime.waiting(step, layer, "forward, combine"):
-            out_TD = returning.wait()
+        region = current_region() if dispatcher.moves_rows else None
+        kept = None if region is None else region.replay(ids_TK)
+        step = runtime.step_of(layer, again=kept is not None)
+        if kept is not None:
+            plan, rows = kept.plan, kept.rows
+            _, saved = backend.forward(spec, weights, rows)
+            out_TD = kept.out_TD.clone()
+        else:
+            if counts:
+                runtime.stats.add(layer, ids_TK)
+            with runtime.waiting(step, layer, "forward, plan"):
+                plan = dispatcher.plan(ids_TK, spec.num_experts)
+            sending = dispatcher.dispatch(x_TD.to(dtype), weights_TK, plan, 0)
+            with runtime.waiting(step, layer, "forward, dispatch"):
+                rows = sending.wait()
+            y_ND, saved = backend.forward(spec, weights, rows)
+            returning = dispatcher.combine(y_ND, plan, 0)
+            with runtime.waiting(step, layer, "forward, combine"):
+                out_TD = returning.wait().to(x_TD.dtype)
+            if region is not None:
+                # A copy: the model may write into what it gets.
+                region.keep(Exchange(ids_TK, plan, rows, out_TD.clone()))
 
         tensors, skeleton = _take_tensors((plan, rows, saved))
         ctx.save_for_backward(*tensors, *parameters)
         ctx.call = (spec, runtime, layer, step, dtype, skeleton, len(tensors))
         ctx.dtypes = (x_TD.dtype, weights_TK.dtype)
-        return out_TD.to(x_TD.dtype)
+        return out_TD
 
     @staticmethod
     @once_differentiable
@@ -126,7 +138,7 @@ class _TokenPath(torch.autograd.Function):
         parameters = kept[num_tensors:]
         plan, rows, saved = _put_tensors(skeleton, iter(kept[:num_tensors]))
         weights = _cast(parameters, dtype)
-        need_x, _, need_routing, *needs = ctx.needs_input_grad[4:]
+        need_x, _, need_routing, *needs = ctx.needs_input_grad[5:]
 
         sending = dispatcher.combine_backward(grad_TD.to(dtype).contiguous(), plan, 0)
         with runtime.waiting(step, layer, "backward, combine"):
@@ -144,10 +156,7 @@ class _TokenPath(torch.autograd.Function):
                 of_weights = of_weights._replace(post_norm=dispatcher.sum_over_ep(of_weights.post_norm))
         x_dtype, routing_dtype = ctx.dtypes
         return (
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
             None if grad_x_TD is None else grad_x_TD.to(x_dtype),
             None,
             None if grad_weights_TK is None else grad_weights_TK.to(routing_dtype),

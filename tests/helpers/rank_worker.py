@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import io
+import multiprocessing
 import os
 import pickle
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -36,7 +37,6 @@ PRELOAD = (
 )
 
 _SHOWN_LOCAL = 200  # characters of a local variable shown with a failed assertion
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def dumps(value: Any) -> bytes:
 def worker_main(conn: Connection, log: str) -> None:
     """Runs cases from `conn` until it closes, with stdout and stderr appended to the file `log`."""
     os.setsid()  # whatever a case starts can be killed together with its worker
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the server that forked us ends with the session
+    threading.Thread(target=_exit_with_session, daemon=True).start()
     fd = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -105,6 +105,11 @@ def worker_main(conn: Connection, log: str) -> None:
             conn.send_bytes(pickle.dumps(_run(case)))
             conn.recv_bytes()
             conn.send_bytes(pickle.dumps(_clean_up()))
+
+
+def _exit_with_session() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _run(case: Case) -> Report:

@@ -302,7 +302,8 @@ def _show_stacks(ranks: list[_Rank], overdue: str) -> None:
             os.kill(rank.worker.process.pid, STACK_SIGNAL)
     time.sleep(0.5)  # faulthandler answers at once, whatever the process is waiting for, but the machine may be busy
     for rank in ranks:
-        stacks = rank.worker.output()[rank.output_end :]
+        threads = re.split(r"\n(?=Thread|Current thread)", rank.worker.output()[rank.output_end :])
+        stacks = "\n".join(thread for thread in threads if "_exit_with_session" not in thread)
         # Below `_run` are the frames of the worker itself.
         stacks = re.sub(r'  File ".*rank_worker.py", line \d+ in _run\n(  File .*\n)*', "", stacks)
         rank.fail(f"{overdue}, and killed; its stack:\n{stacks}")

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -62,7 +62,7 @@ def make_a_mess():
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
     warnings.simplefilter("error")
-    AcceleratorState(cpu=True)
+    Accelerator(cpu=True)
     logging.set_verbosity_error()
     init_device_mesh("cpu", (dist.get_world_size(),)).__enter__()
 
@@ -251,9 +251,7 @@ def test_a_dtensor_cannot_be_returned():
 
 
 def test_what_the_ranks_write_can_be_had():
-    assert run_ranks(speak, 2, "hello", capture=True) == [
-        (rank, f"hello {rank}\nfrom a child\n") for rank in range(2)
-    ]
+    assert run_ranks(speak, 2, "hello", capture=True) == [(rank, f"hello {rank}\nfrom a child\n") for rank in range(2)]
 
 
 def test_bad_calls_are_refused():
@@ -272,9 +270,9 @@ def test_a_failure_names_rank_traceback_and_output():
     assert "fail_on: rank 2 of 4 failed" in text
     assert first_part.startswith("2 after ")
     assert 'raise KeyError("the cause")' in first_part and "KeyError: 'the cause'" in first_part
-    assert len(others) == 3
-    for other in others:
-        assert "(consequence)" in other and len(other.partition("--- output of")[0]) < 300
+    others = "".join(others).partition("--- output of")[0]
+    assert all(f"{rank} after" in others for rank in (0, 1, 3))
+    assert "(consequence)" in others and "Traceback" not in others
     output = text.partition("--- output of rank 2 ---\n")[2]
     assert output.endswith("the last words") and output.count("x") == pool.SHOWN_OUTPUT - len("the last words")
     assert run_ranks(pid, 4) == workers
@@ -380,10 +378,8 @@ POOL_PROGRAM = """
     from tests.unit.test_ranks_pool import pid, wait
 
     if __name__ == "__main__":
-        server = run_ranks(os.getppid, 1)
-        print(*server, *run_ranks(pid, 4), flush=True)
-        if sys.argv[1] == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
+        processes = run_ranks(os.getppid, 1) + run_ranks(pid, 4)
+        print("processes", *processes, flush=True)
         if sys.argv[1] == "killed while ranks run":
             os.fork() or (time.sleep(0.5), os.kill(os.getppid(), signal.SIGKILL), os._exit(0))
             run_ranks(wait, 4, "asleep")
@@ -398,13 +394,15 @@ def test_no_process_survives_the_session(how, tmp_path):
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, program, how], env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == (0 if how == "ends" else -signal.SIGKILL), done.stderr
-    processes = [int(word) for word in done.stdout.split()]
+    processes = [int(word) for word in done.stdout.partition("processes ")[2].split()]
     assert len(processes) == 5
     assert wait_until_gone(processes) == []
 
 
 def test_launch_runs_a_plain_program():
-    done = launch(["-c", "import os, sys; print(os.environ['A']); print('b', file=sys.stderr); sys.exit(4)"], env={"A": "a"})
+    done = launch(
+        ["-c", "import os, sys; print(os.environ['A']); print('b', file=sys.stderr); sys.exit(4)"], env={"A": "a"}
+    )
     assert (done.returncode, done.stdout, done.stderr) == (4, "a\n", "b\n")
 
 
@@ -418,7 +416,7 @@ def test_launch_kills_what_takes_too_long(tmp_path):
 TORCHRUN_PROGRAM = """
     import os, pathlib, signal, sys, time
     pathlib.Path(f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
-    print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
+    os.write(1, f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\n".encode())
     if sys.argv[1] == "hangs":
         time.sleep(600)
     if sys.argv[1] == "loses its launcher":

@@ -1,0 +1,95 @@
+"""What every benchmark shares: arms run in turn, each in processes of its own, and results that say where they ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def alternate(script: str, arms: Sequence[str], repeats: int, ranks: int, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run each arm in turn, `repeats` times over, so that all arms see the same machine.
+
+    Args:
+        script: file that runs one arm when called with `--arm NAME --result FILE`.
+        arms: their names.
+        repeats: how often.
+        ranks: processes of an arm.
+        arguments: passed on.
+
+    Returns:
+        arm -> list of what the arm's rank 0 wrote, one a repeat.
+    """
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
+    for repeat in range(repeats):
+        for arm in arms:
+            with tempfile.TemporaryDirectory() as directory:
+                result = Path(directory, "result.json")
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+                command += [script, "--arm", arm, "--result", str(result), *arguments]
+                done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise SystemExit(f"arm {arm!r} failed:\n{done.stdout}\n{done.stderr}")
+                results[arm].append(json.loads(result.read_text()))
+            shown = ", ".join(f"{name} {value:,.4g}" for name, value in results[arm][-1].items())
+            print(f"repeat {repeat + 1} of {repeats}  {arm:<12} {shown}", flush=True)
+    return results
+
+
+def medians(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """arm -> number -> its median over the repeats."""
+    return {
+        arm: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for arm, rows in results.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where this runs: hardware, versions, date."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {len(os.sched_getaffinity(0))} cores",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "hf_moe_accel")},
+        "date": date.today().isoformat(),
+    }
+
+
+def write(path: str, content: dict[str, Any]) -> None:
+    """Write results as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written: {path}")
+
+
+class PeakMemory:
+    """Peak memory of this process since it was made, in MiB above what was in use then."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+        self._before = self._read("VmRSS")
+
+    def mib(self) -> float:
+        """The peak so far."""
+        return self._read("VmHWM") - self._before
+
+    @staticmethod
+    def _read(field: str) -> float:
+        if torch.cuda.is_available():
+            return (torch.cuda.max_memory_reserved() if field == "VmHWM" else 0) / 2**20
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))

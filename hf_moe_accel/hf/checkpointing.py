@@ -1,0 +1,43 @@
+"""Leads transformers' activation checkpointing to `moe/replay`, whoever switches it on and whenever."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_moe_accel.log import say
+from hf_moe_accel.moe.replay import keep_exchanges
+
+
+def keep_exchanges_when_checkpointing(model: Any) -> None:
+    """From now on, each forward pass in training looks whether checkpointing is on, and has it keep the exchanges.
+
+    Reentrant checkpointing knows no contexts: it routes and sends again. A `context_fn` of the user wins, with a
+    warning, and does so as well.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    model.register_forward_pre_hook(functools.partial(_hook, layers))
+
+
+def _hook(layers: Sequence[Any], model: Any, args: Any) -> None:
+    for layer in layers:
+        if not (layer.training and layer.gradient_checkpointing):
+            continue
+        function = layer._gradient_checkpointing_func
+        if not isinstance(function, functools.partial) or function.keywords.get("use_reentrant", True):
+            continue
+        chosen = function.keywords.get("context_fn")
+        if chosen is None:
+            layer._gradient_checkpointing_func = functools.partial(function, context_fn=keep_exchanges)
+        elif chosen is not keep_exchanges and not hasattr(layer, "_moe_warned"):
+            layer._moe_warned = True
+            if layer is layers[0]:
+                say(
+                    "hf_moe_accel: activation checkpointing has a context_fn of its own, so every recompute sends the "
+                    "tokens of the MoE layers again. Without it the received tokens are kept instead.",
+                    level=logging.WARNING,
+                )

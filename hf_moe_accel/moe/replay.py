@@ -1,0 +1,93 @@
+"""Under activation checkpointing a recompute neither routes nor sends again: it replays what the forward exchanged.
+
+A checkpointed region keeps, of each MoE layer in it, the plan, the received rows and the layer's output; the backward
+pass computes the rest again from them. That costs the memory of the received rows, and saves every transfer of the
+recompute. Handed to `torch.utils.checkpoint` as its `context_fn` (non-reentrant checkpointing only).
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_moe_accel.ops.permutation import Dispatched
+
+
+class Exchange(NamedTuple):
+    """One layer's exchange. ids_TK: [T, K] the routing; out_TD: [T, D] what the layer returned."""
+
+    ids_TK: Tensor
+    plan: Any
+    rows: Dispatched
+    out_TD: Tensor
+
+
+class Region:
+    """The exchanges of one checkpointed region, in order."""
+
+    def __init__(self) -> None:
+        """Keep nothing yet."""
+        self._kept: list[Exchange] = []
+        self._next: int | None = None
+
+    def keep(self, exchange: Exchange) -> None:
+        """Record, in the forward pass. Does nothing in the recompute."""
+        if self._next is None:
+            self._kept.append(exchange)
+
+    def replay(self, ids_TK: Tensor) -> Exchange | None:
+        """The exchange of the next layer, in the recompute; None in the forward pass.
+
+        Raises:
+            RuntimeError: the recompute routed differently than the forward pass.
+        """
+        if self._next is None:
+            return None
+        exchange = self._kept[self._next]
+        self._next += 1
+        if not torch.equal(exchange.ids_TK, ids_TK):
+            changed = int((exchange.ids_TK != ids_TK).any(dim=1).sum())
+            raise RuntimeError(
+                f"activation checkpointing: {changed} of {ids_TK.size(0)} tokens chose other experts in the recompute "
+                "than in the forward pass, so their gradients would be wrong. The layers before the router must "
+                "compute the same twice: check for randomness outside PyTorch's generators, or turn checkpointing off."
+            )
+        return exchange
+
+    def start(self, next_exchange: int | None) -> None:
+        """Begin a pass over the region: None records, 0 replays."""
+        self._next = next_exchange
+
+
+_region: ContextVar[Region | None] = ContextVar("hf_moe_accel_region", default=None)
+
+
+def current_region() -> Region | None:
+    """The checkpointed region that this code runs in, if it keeps its exchanges."""
+    return _region.get()
+
+
+class _Inside:
+    """Makes a region the current one. Can be entered again: a graph that is kept is recomputed once a backward."""
+
+    def __init__(self, region: Region, next_exchange: int | None) -> None:
+        self._region = region
+        self._next_exchange = next_exchange
+        self._token: Token[Region | None] | None = None
+
+    def __enter__(self) -> None:
+        self._region.start(self._next_exchange)
+        self._token = _region.set(self._region)
+
+    def __exit__(self, *_: object) -> None:
+        assert self._token is not None
+        _region.reset(self._token)
+
+
+def keep_exchanges() -> tuple[_Inside, _Inside]:
+    """A `context_fn` for `torch.utils.checkpoint.checkpoint`: contexts for the forward pass and for the recompute."""
+    region = Region()
+    return _Inside(region, None), _Inside(region, 0)

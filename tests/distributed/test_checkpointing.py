@@ -1,0 +1,104 @@
+"""Activation checkpointing: equal gradients, and a non-reentrant recompute that sends nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from hf_moe_accel import MoEAccelConfig, prepare_moe_model
+from hf_moe_accel.dispatch.all_to_all import AllToAllDispatcher
+from hf_moe_accel.moe import replay
+from tests.helpers.models import tiny_model
+from tests.helpers.ranks import RanksError, run_ranks
+from tests.helpers.tolerances import assert_close
+
+pytestmark = pytest.mark.distributed
+NUM_LAYERS = 2
+EXCHANGES_FORWARD, EXCHANGES_BACKWARD = 3 * NUM_LAYERS, 3 * NUM_LAYERS  # rows, pairs, back; gradients of each
+
+
+def save_everything(*_: Any) -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+
+
+def gradients(checkpointing: dict[str, Any] | None, when: str = "after", passes: int = 1) -> dict[str, Any]:
+    """Loss, gradients and the number of exchanges of a backward pass."""
+    model = tiny_model("qwen3_moe")
+    if checkpointing is not None and when == "before":
+        model.activation_checkpointing_enable(checkpointing)
+    model = prepare_moe_model(model, MoEAccelConfig(ep_size=2))
+    if checkpointing is not None and when == "after":
+        model.activation_checkpointing_enable(checkpointing)
+    model.train()
+    sent = []
+    exchange = AllToAllDispatcher._exchange
+    AllToAllDispatcher._exchange = lambda *args: sent.append(1) or exchange(*args)  # type: ignore[method-assign]
+    try:
+        ids = torch.randint(3, 128, (2, 16 + dist.get_rank()), generator=torch.Generator().manual_seed(dist.get_rank()))
+        for _ in range(passes):
+            loss = model(input_ids=ids, labels=ids).loss
+            forward = len(sent)
+            loss.backward()
+    finally:
+        AllToAllDispatcher._exchange = exchange  # type: ignore[method-assign]
+    stats = model.moe_runtime.stats.drain()
+    return {
+        "loss": loss.detach(),
+        "forward": forward,
+        "sent": len(sent),
+        "choices": int(stats.sum()),
+        "grads": {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in model.named_parameters()},
+    }
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_recompute_sends_nothing(when: str) -> None:
+    for plain, kept in zip(
+        run_ranks(gradients, 2, None), run_ranks(gradients, 2, {"use_reentrant": False}, when), strict=True
+    ):
+        assert plain["sent"] == kept["sent"] == EXCHANGES_FORWARD + EXCHANGES_BACKWARD
+        assert kept["choices"] == plain["choices"], "the recompute was counted as well"
+        assert_close(kept["loss"], plain["loss"], "exact")
+        assert_close(kept["grads"], plain["grads"], "training")
+
+
+@pytest.mark.parametrize(
+    "checkpointing", [{"use_reentrant": True}, {"use_reentrant": False, "context_fn": save_everything}]
+)
+def test_reentrant_and_a_context_of_the_user_send_once_again(checkpointing: dict[str, Any]) -> None:
+    for plain, again in zip(run_ranks(gradients, 2, None), run_ranks(gradients, 2, checkpointing), strict=True):
+        assert again["sent"] == 2 * EXCHANGES_FORWARD + EXCHANGES_BACKWARD
+        assert_close(again["grads"], plain["grads"], "training")
+
+
+def test_accumulation_keeps_micro_batches_apart() -> None:
+    for plain, kept in zip(
+        run_ranks(gradients, 2, None, passes=2),
+        run_ranks(gradients, 2, {"use_reentrant": False}, passes=2),
+        strict=True,
+    ):
+        assert_close(kept["grads"], plain["grads"], "training")
+
+
+def reroute() -> None:
+    """A model whose router chooses anew in the recompute."""
+    chosen = replay.Region.replay
+
+    def changed(region: replay.Region, ids: torch.Tensor) -> Any:
+        return chosen(region, ids.flip(0))
+
+    replay.Region.replay = changed  # type: ignore[method-assign]
+    try:
+        gradients({"use_reentrant": False})
+    finally:
+        replay.Region.replay = chosen  # type: ignore[method-assign]
+
+
+def test_a_recompute_that_routes_differently_raises() -> None:
+    with pytest.raises(RanksError, match="chose other experts in the recompute"):
+        run_ranks(reroute, 2)
