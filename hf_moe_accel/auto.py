@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
@@ -11,8 +10,7 @@ import transformers
 from hf_moe_accel.config import MoEAccelConfig
 from hf_moe_accel.hf.discover import find_experts
 from hf_moe_accel.hf.loading import distributed_config, meta_model
-from hf_moe_accel.log import say
-from hf_moe_accel.prepare import choose_setup, prepare_moe_model
+from hf_moe_accel.prepare import check_model, choose_setup, prepare_moe_model
 
 
 class AutoModelForCausalLM:
@@ -55,10 +53,14 @@ class AutoModelForCausalLM:
         if setup is None:
             return cls._auto_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         refuse_load_arguments(kwargs)
+        check_model(structure, setup.topology)
         if setup.topology.world_size > 1:
             kwargs["distributed_config"] = distributed_config(setup.topology, mixed_precision=fsdp_mixed_precision)
-        model = cls._auto_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        return prepare_moe_model(model, moe_config)
+        loaded = cls._auto_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if kwargs.get("output_loading_info"):
+            model, info = loaded
+            return prepare_moe_model(model, moe_config), info
+        return prepare_moe_model(loaded, moe_config)
 
     @classmethod
     def from_config(cls, config: Any, *, moe_config: MoEAccelConfig | None = None, **kwargs: Any) -> Any:
@@ -79,14 +81,9 @@ def refuse_load_arguments(kwargs: dict[str, Any]) -> None:
         "load_in_8bit": "quantized experts are not supported",
         "distributed_config": "the layout is chosen by MoEAccelConfig",
         "tp_plan": "tensor parallelism does not go with expert parallelism here",
+        "experts_implementation": "MoEAccelConfig(expert_backend=...) chooses how the experts compute",
         "tp_size": "tp_size does not carry expert parallelism; use MoEAccelConfig(ep_size=...)",
     }
     for name, reason in reasons.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}={kwargs[name]!r} is not supported: {reason}. Delete `{name}=` from the call.")
-    if kwargs.get("experts_implementation") is not None:
-        say(
-            f"experts_implementation={kwargs.pop('experts_implementation')!r} is not used: "
-            "MoEAccelConfig(expert_backend=...) chooses how the experts compute.",
-            level=logging.WARNING,
-        )

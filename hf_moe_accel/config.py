@@ -57,8 +57,10 @@ class MoEAccelConfig:
     def __post_init__(self) -> None:
         """Check each value by arithmetic alone; no device, no network, no process group is touched."""
         self.ep_size = self._parse_ep_size(self.ep_size)
-        if self.dp_replicate_size < 1:
-            raise ValueError(f"dp_replicate_size={self.dp_replicate_size} must be 1 or more; 1 means one copy.")
+        if not isinstance(self.dp_replicate_size, int) or self.dp_replicate_size < 1:
+            raise ValueError(
+                f"dp_replicate_size={self.dp_replicate_size} must be a whole number, 1 or more; 1 means one copy."
+            )
         if not self.collective_timeout > 0:
             raise ValueError(
                 f"collective_timeout={self.collective_timeout} must be more than 0 seconds; the default is 600."
@@ -73,7 +75,7 @@ class MoEAccelConfig:
         if value is None or value == "auto":
             return "auto"
         try:
-            size = int(value)
+            size = int(value) if isinstance(value, int | str) else 0
         except ValueError:
             size = 0
         if size < 1 or isinstance(value, bool):

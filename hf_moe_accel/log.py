@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cache
 
 logger = logging.getLogger("hf_moe_accel")
 
@@ -21,3 +22,9 @@ def say(message: str, *, level: int = logging.INFO) -> None:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
     logger.log(level, message)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warn on rank 0, once a process however often the same is found. Not a collective."""
+    say(message, level=logging.WARNING)

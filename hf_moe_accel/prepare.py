@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -23,9 +22,11 @@ from hf_moe_accel.experts.base import ExpertBackend
 from hf_moe_accel.hf.checkpointing import keep_exchanges_when_checkpointing
 from hf_moe_accel.hf.compat import check_versions
 from hf_moe_accel.hf.discover import FoundExperts, find_experts, why_not_standard
-from hf_moe_accel.hf.install import bind, is_sharded_by_us
-from hf_moe_accel.hf.loading import shard_in_place
-from hf_moe_accel.log import say
+from hf_moe_accel.hf.export import export_checkpoint
+from hf_moe_accel.hf.install import bind
+from hf_moe_accel.hf.keys import original_classes
+from hf_moe_accel.hf.loading import distributed_config, shard_in_place
+from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.topology import ExpertTopology
 
@@ -80,18 +81,24 @@ def prepare_moe_model(model: Any, config: MoEAccelConfig | None = None, *, fsdp_
     check_versions()
     config = config or MoEAccelConfig()
     base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-    if runtime_of(base) is not None:
+    prepared = runtime_of(base)
+    if prepared is not None:
+        _check_prepared(prepared, config)
         return model
     found = find_experts(base)
     setup = choose_setup(base, found, config)
     if setup is None:
         return model
-    check_model(base, found)
+    check_model(base, setup.topology)
     names = [name for name, _ in base.named_parameters()]
-    if setup.topology.world_size > 1 and not is_sharded_by_us(found) and not _is_sharded(base):
+    if setup.topology.world_size > 1 and not _is_sharded(base):
         shard_in_place(base, setup.topology, mixed_precision=fsdp_mixed_precision)
     runtime = MoERuntime(
-        setup.topology, _make_dispatcher(setup, base), _make_backend(setup), len(found), config.collective_timeout
+        setup.topology,
+        _make_dispatcher(setup, base),
+        _make_backend(setup),
+        [experts.spec.num_experts for experts in found],
+        config.collective_timeout,
     )
     bind(base, found, runtime)
     keep_exchanges_when_checkpointing(base)
@@ -115,7 +122,7 @@ def choose_setup(model: nn.Module, found: Sequence[FoundExperts], config: MoEAcc
         reason = why_not_standard(model) or f"{type(model).__name__} has no mixture-of-experts layers"
         if explicit_ep:
             raise ValueError(f"ep_size={config.ep_size} cannot be honoured: {reason.rstrip('.')}. Leave ep_size out.")
-        say(f"hf_moe_accel: nothing to accelerate: {reason} It trains as with Trainer.", level=logging.WARNING)
+        warn_once(f"hf_moe_accel: nothing to accelerate: {reason.rstrip('.')}. It trains as with Trainer.")
         return None
     for name, registry in (("token_dispatcher", DISPATCHERS), ("expert_backend", EXPERT_BACKENDS)):
         value = getattr(config, name)
@@ -163,15 +170,21 @@ def choose_setup(model: nn.Module, found: Sequence[FoundExperts], config: MoEAcc
     return Setup(topology, dispatcher, backend, (*notes, *backend_notes))
 
 
-def check_model(model: Any, found: Sequence[FoundExperts]) -> None:
-    """Refuse what would break in the middle of a run.
+def check_model(model: Any, topology: ExpertTopology) -> None:
+    """Refuse what would break in the middle of a run, before any weight of the model is read or moved.
+
+    Args:
+        model: loaded, or on the meta device.
+        topology: the one chosen for it.
 
     Raises:
         ValueError: the model is quantized, split by device_map, or sharded by something else.
     """
-    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
-            "quantized models (quantization_config) are not supported: load the model without quantization_config."
+            "quantized models (quantization_config) are not supported: load the model without quantization_config. If "
+            "the checkpoint itself is quantized, have transformers dequantize it once, save that, and load it instead "
+            "(for GPT-OSS: quantization_config=Mxfp4Config(dequantize=True))."
         )
     devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
     if len(devices) > 1:
@@ -179,16 +192,35 @@ def check_model(model: Any, found: Sequence[FoundExperts]) -> None:
             f"the model was split over {sorted(devices)} by device_map: load it without device_map=; each rank places "
             "its own part."
         )
-    if _is_sharded(model) and not is_sharded_by_us(found) and _ep_size_of(model) != 1:
-        raise ValueError(
-            "the model is already sharded by something else (DTensor parameters): pass it unsharded, or load it with "
-            "hf_moe_accel.AutoModelForCausalLM."
-        )
     if getattr(model, "_tp_size", None) not in (None, 1):
         raise ValueError(
             f"the model was loaded with tp_size={model._tp_size}: tp_size does not carry expert parallelism. Load it "
             f"without tp_size and pass MoEAccelConfig(ep_size={model._tp_size})."
         )
+    if _is_sharded(model):
+        loaded, ours = getattr(model.config, "distributed_config", None), distributed_config(topology)
+        sizes = ("ep_implementation", "ep_size", "fsdp_size", "dp_replicate_size")
+        if loaded is None or any(getattr(loaded, name) != getattr(ours, name) for name in sizes):
+            raise ValueError(
+                "the model is already sharded by something else (DTensor parameters): pass it unsharded, or load it "
+                "with hf_moe_accel.AutoModelForCausalLM."
+            )
+
+
+def _check_prepared(runtime: MoERuntime, config: MoEAccelConfig) -> None:
+    """Refuse choices for a model that was prepared with others."""
+    topology = runtime.topology
+    backend = config.expert_backend
+    for name, kept in (
+        ("ep_size", config.ep_size in ("auto", topology.ep_size)),
+        ("dp_replicate_size", config.dp_replicate_size in (1, topology.dp_replicate_size)),
+        ("expert_backend", backend == "auto" or EXPERT_BACKENDS.load(backend) is type(runtime.backend)),
+    ):
+        if not kept:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} comes too late: the model was prepared with {topology.describe()} "
+                f"and {type(runtime.backend).__name__}. Give {name} where the model is loaded or first prepared."
+            )
 
 
 def report(model: Any, found: Sequence[FoundExperts], setup: Setup) -> str:
@@ -264,16 +296,25 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def _ep_size_of(model: Any) -> int | None:
-    """The EP size of a model that transformers sharded at load; None if it was sharded otherwise."""
-    config = getattr(model.config, "distributed_config", None)
-    return None if config is None else int(config.ep_size)
-
-
-def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """`save_pretrained` of a prepared model: a standard checkpoint. All ranks must call.
+def _save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "50GB",
+    **kwargs: Any,
+) -> None:
+    """`save_pretrained` of a prepared model: a standard checkpoint, each rank writing its part. All ranks must call.
 
     Files are in the original hub keys and load with plain transformers. Arguments are those of
-    `PreTrainedModel.save_pretrained`.
+    `PreTrainedModel.save_pretrained`; with any but the first, `is_main_process` and `max_shard_size`, transformers'
+    own code runs, which gathers the whole model on rank 0.
     """
-    type(model).save_pretrained(model, save_directory, **kwargs)
+    if state_dict is None and not push_to_hub and not kwargs:
+        export_checkpoint(model, save_directory, max_shard_size=max_shard_size)
+        return
+    with original_classes(model):
+        type(model).save_pretrained(
+            model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ class MoERuntime:
         topology: how the experts lie on the ranks.
         dispatcher: station 1.
         backend: station 2.
-        num_layers: MoE layers of the model.
+        num_experts: experts of each MoE layer, in order; layers may differ.
         collective_timeout: seconds that one wait may take.
     """
 
@@ -39,16 +40,16 @@ class MoERuntime:
         topology: ExpertTopology,
         dispatcher: TokenDispatcher,
         backend: ExpertBackend,
-        num_layers: int,
+        num_experts: Sequence[int],
         collective_timeout: float,
     ) -> None:
         """Hold the parts; start nothing."""
         self.topology = topology
         self.dispatcher = dispatcher
         self.backend = backend
-        self.num_layers = num_layers
+        self.num_experts = num_experts
         self.collective_timeout = collective_timeout
-        self.stats = RoutingStats(num_layers, topology.num_experts)
+        self.stats = RoutingStats(len(num_experts), max(num_experts))
         # Models are prepared in the same order on all ranks, so equal numbers mean the same model.
         self._number = next(_numbers)
         self._passes = 0
@@ -88,7 +89,7 @@ class MoERuntime:
                 "copy.deepcopy of an expert-parallel model is not supported: the copy would share its experts with "
                 "the original. Load the second model with from_pretrained, or copy before the model is prepared."
             )
-        copied = MoERuntime(self.topology, self.dispatcher, self.backend, self.num_layers, self.collective_timeout)
+        copied = MoERuntime(self.topology, self.dispatcher, self.backend, self.num_experts, self.collective_timeout)
         memo[id(self)] = copied
         return copied
 

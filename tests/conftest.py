@@ -15,6 +15,8 @@ import pytest
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    # A rendezvous looks the name of 127.0.0.1 up for each connection: seconds, where no name server answers.
+    "RES_OPTIONS": "timeout:1 attempts:1",
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_MODE": "offline",
 }

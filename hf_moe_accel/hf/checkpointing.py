@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_moe_accel.log import say
+from hf_moe_accel.log import warn_once
 from hf_moe_accel.moe.replay import keep_exchanges
 
 
@@ -33,11 +32,8 @@ def _hook(layers: Sequence[Any], model: Any, args: Any) -> None:
         chosen = function.keywords.get("context_fn")
         if chosen is None:
             layer._gradient_checkpointing_func = functools.partial(function, context_fn=keep_exchanges)
-        elif chosen is not keep_exchanges and not hasattr(layer, "_moe_warned"):
-            layer._moe_warned = True
-            if layer is layers[0]:
-                say(
-                    "hf_moe_accel: activation checkpointing has a context_fn of its own, so every recompute sends the "
-                    "tokens of the MoE layers again. Without it the received tokens are kept instead.",
-                    level=logging.WARNING,
-                )
+        elif chosen is not keep_exchanges:
+            warn_once(
+                "hf_moe_accel: activation checkpointing has a context_fn of its own, so every recompute sends the "
+                "tokens of the MoE layers again. Without it the received tokens are kept instead."
+            )

@@ -17,14 +17,13 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_
 # What cannot be read off: routed experts that do not follow the decorator's contract (x, ids, weights) -> out over
 # stacked [E, ...] parameters. Class name -> why.
 _NOT_STANDARD = {
-    "DbrxExperts": "its experts share one flat weight",
+    "DbrxExperts": "its experts lie in one flat weight for each projection",
     "DogeCDMoE": "its experts are rows of embeddings",
     "JetMoeParallelExperts": "its experts take rows that are sorted already",
     "Llama4TextExperts": "its experts take every token for every expert, without routing arguments",
     "LongcatFlashExperts": "it has experts without weights among the others",
     "NllbMoeExperts": "its experts are separate modules",
-    "Step3p5Experts": "its activation differs from layer to layer",
-    "Step3p7Experts": "its activation differs from layer to layer",
+    "Step3p7Experts": "the bounds of its activation differ from layer to layer",
     "SwitchTransformersExperts": "its experts are separate modules",
     "VitPoseNaiveMoe": "its experts are separate modules",
 }

@@ -113,19 +113,11 @@ def is_sharded_by_us(found: Sequence[FoundExperts]) -> bool:
 
 
 def bind(model: Any, found: Sequence[FoundExperts], runtime: Runtime) -> None:
-    """Lead every experts module of the model to the token path.
-
-    Raises:
-        RuntimeError: transformers would not call our function for one of the modules.
-    """
+    """Lead every experts module of the model to the token path."""
     for layer, experts in enumerate(found):
         experts.module.moe_binding = Binding(experts, runtime, layer)
     if not is_sharded_by_us(found):
         model.set_experts_implementation(NAME)
         for experts in found:
-            chosen = experts.module.config._experts_implementation
-            if chosen != NAME:
-                raise RuntimeError(
-                    f"transformers kept the experts implementation {chosen!r} for {experts.name!r}: "
-                    f"{type(model).__name__} does not let it be set. Please report this model."
-                )
+            # Where layers differ (the vision tower of dots3_note), each has a configuration of its own.
+            experts.module.config._experts_implementation_internal = NAME

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -15,6 +16,7 @@ from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import LoadStateDictConfig
 
 from hf_moe_accel.hf.install import NAME
+from hf_moe_accel.hf.keys import original_classes
 from hf_moe_accel.topology import ExpertTopology
 
 
@@ -71,9 +73,19 @@ def shard_in_place(model: Any, topology: ExpertTopology, *, mixed_precision: boo
             on_device = tensor.detach().to(device)
             dist.broadcast(on_device, src=0)
             tensor.copy_(on_device)
+    _untie(model)
     type(model).maybe_distribute_model(model, config, mesh)
-    # Sharding made two parameters of each tied pair.
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
+
+
+def _untie(model: Any) -> None:
+    """Give each tied weight an empty parameter of its own, as in `from_pretrained`: FSDP2 shards no shared one."""
+    for target, source in model.all_tied_weights_keys.items():
+        weight = model.get_parameter_or_buffer(target)
+        if weight is model.get_parameter_or_buffer(source):
+            module, _, key = target.rpartition(".")
+            empty = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+            setattr(model.get_submodule(module), key, empty)
 
 
 def load_weights(model: Any, directory: str | os.PathLike[str]) -> None:
@@ -93,13 +105,15 @@ def load_weights(model: Any, directory: str | os.PathLike[str]) -> None:
     live = {name: (module, key, p) for name, module, key, p in _named_parameters(model)}
     device = next(model.parameters()).device
     mesh = model._device_mesh
+    with original_classes(model):
+        conversions = get_model_conversion_mapping(model)
     config = LoadStateDictConfig(
         pretrained_model_name_or_path=str(directory),
         device_map={"": device},
         dtype=model.dtype,
         dtype_plan=model._get_dtype_plan(model.dtype),
         device_mesh=mesh,
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=conversions,
     )
     info, _ = type(model)._load_pretrained_model(model, None, files, config)
     tied = set(model.all_tied_weights_keys)

@@ -140,20 +140,21 @@ class _TokenPath(torch.autograd.Function):
         weights = _cast(parameters, dtype)
         need_x, _, need_routing, *needs = ctx.needs_input_grad[5:]
 
-        sending = dispatcher.combine_backward(grad_TD.to(dtype).contiguous(), plan, 0)
-        with runtime.waiting(step, layer, "backward, combine"):
-            grad_ND = sending.wait()
-        grads: RowGrads = backend.backward_rows(
-            spec, weights, rows, saved, grad_ND, need_x=need_x, need_routing=need_routing
-        )
-        returning = dispatcher.dispatch_backward(grads.x_ND, grads.weights_R, plan, 0, rows)
-        of_weights = backend.backward_weights(spec, weights, rows, grads, NeededGrads(*needs))
-        with runtime.waiting(step, layer, "backward, dispatch"):
-            grad_x_TD, grad_weights_TK = returning.wait()
-        if of_weights.post_norm is not None:
-            # The experts share this weight, so its gradient has a part on every rank of the EP group.
-            with runtime.waiting(step, layer, "backward, post-norm"):
-                of_weights = of_weights._replace(post_norm=dispatcher.sum_over_ep(of_weights.post_norm))
+        with torch.autocast(grad_TD.device.type, enabled=False):
+            sending = dispatcher.combine_backward(grad_TD.to(dtype).contiguous(), plan, 0)
+            with runtime.waiting(step, layer, "backward, combine"):
+                grad_ND = sending.wait()
+            grads: RowGrads = backend.backward_rows(
+                spec, weights, rows, saved, grad_ND, need_x=need_x, need_routing=need_routing
+            )
+            returning = dispatcher.dispatch_backward(grads.x_ND, grads.weights_R, plan, 0, rows)
+            of_weights = backend.backward_weights(spec, weights, rows, grads, NeededGrads(*needs))
+            with runtime.waiting(step, layer, "backward, dispatch"):
+                grad_x_TD, grad_weights_TK = returning.wait()
+            if of_weights.post_norm is not None:
+                # The experts share this weight, so its gradient has a part on every rank of the EP group.
+                with runtime.waiting(step, layer, "backward, post-norm"):
+                    of_weights = of_weights._replace(post_norm=dispatcher.sum_over_ep(of_weights.post_norm))
         x_dtype, routing_dtype = ctx.dtypes
         return (
             *(None,) * 5,

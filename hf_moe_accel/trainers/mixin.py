@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from hf_moe_accel.auto import AutoModelForCausalLM
 from hf_moe_accel.config import MoEAccelConfig
 from hf_moe_accel.hf.discover import find_experts
 from hf_moe_accel.hf.loading import load_weights, meta_model
-from hf_moe_accel.log import say
+from hf_moe_accel.log import warn_once
 from hf_moe_accel.prepare import choose_setup, prepare_moe_model
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.trainers.agree import AgreeingLoader, agreed_count
@@ -59,10 +58,9 @@ class AcceleratedMoEMixin(_Base):
             if self._user_save_only_model is not None:
                 self.args.save_only_model = self._user_save_only_model
         if self._moe_runtime is not None and self.args.save_strategy != "no" and not self.args.save_only_model:
-            say(
+            warn_once(
                 "hf_moe_accel: checkpoints hold the model only: the optimizer state of a mixture-of-experts model is "
-                "not saved yet, and the run cannot be resumed. save_only_model=True says so and ends this warning.",
-                level=logging.WARNING,
+                "not saved yet, and the run cannot be resumed. save_only_model=True says so and ends this warning."
             )
 
     @property

@@ -44,11 +44,14 @@ class Case:
     """What one rank has to do."""
 
     call: bytes  # pickled (fn, args, kwargs)
+    number: int  # of this case, for its keys in the store
+    rank: int
+    world_size: int
+    init: bool  # initialize the process group, where there is more than one rank
+    group_timeout: float  # seconds
     environ: dict[str, str]
     cwd: str
     path: list[str]  # sys.path
-    init: bool  # initialize the process group, where there is more than one rank
-    group_timeout: float  # seconds
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Report:
     value: bytes = b""  # pickled
     error: str = ""  # traceback; empty on success
     error_line: str = ""  # the exception alone
+    reusable: bool = True  # nothing of the case is left in the worker
     time: float = field(default_factory=time.monotonic)  # one clock for all processes of a machine
 
 
@@ -79,10 +83,10 @@ def dumps(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def worker_main(conn: Connection, log: str) -> None:
+def worker_main(conn: Connection, store_port: int, log: str) -> None:
     """Runs cases from `conn` until it closes, with stdout and stderr appended to the file `log`."""
     os.setsid()  # whatever a case starts can be killed together with its worker
-    threading.Thread(target=_exit_with_session, daemon=True).start()
+    _session_watcher.start()
     fd = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -92,6 +96,8 @@ def worker_main(conn: Connection, log: str) -> None:
     faulthandler.enable(file=2)
     faulthandler.register(STACK_SIGNAL, file=2)
     torch.set_num_threads(1)
+    # One connection for all cases, since the server asks the machine's resolver for the name of each new one.
+    store = dist.TCPStore("127.0.0.1", store_port, is_master=False)
     gc.collect()
     gc.freeze()  # the collections between cases need not look at the imports
 
@@ -102,7 +108,7 @@ def worker_main(conn: Connection, log: str) -> None:
         except EOFError:
             return
         with warnings.catch_warnings():
-            conn.send_bytes(pickle.dumps(_run(case)))
+            conn.send_bytes(pickle.dumps(_run(case, store)))
             conn.recv_bytes()
             conn.send_bytes(pickle.dumps(_clean_up()))
 
@@ -112,7 +118,10 @@ def _exit_with_session() -> None:
     os._exit(1)
 
 
-def _run(case: Case) -> Report:
+_session_watcher = threading.Thread(target=_exit_with_session, daemon=True)
+
+
+def _run(case: Case, store: dist.Store) -> Report:
     try:
         os.environ.clear()
         os.environ.update(case.environ)
@@ -122,8 +131,14 @@ def _run(case: Case) -> Report:
         np.random.seed(0)
         torch.manual_seed(0)
         fn, args, kwargs = pickle.loads(case.call)
-        if case.init and "WORLD_SIZE" in os.environ:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=case.group_timeout))
+        if case.init and case.world_size > 1:
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore(f"case{case.number}", store),
+                rank=case.rank,
+                world_size=case.world_size,
+                timeout=timedelta(seconds=case.group_timeout),
+            )
         return Report(value=dumps(fn(*args, **kwargs)))
     except BaseException as exc:  # SystemExit and pytest's outcomes too: they are a failure of the case
         return _failure(exc)
@@ -137,9 +152,15 @@ def _clean_up() -> Report:
         _reset_torch()
         _reset_hugging_face()
         gc.collect()
-        return Report()
+        return Report(reusable=not _left_threads())
     except BaseException as exc:
         return _failure(exc)
+
+
+def _left_threads() -> list[threading.Thread]:
+    ours = (threading.main_thread(), _session_watcher)
+    # tqdm keeps one to refresh progress bars.
+    return [one for one in threading.enumerate() if one not in ours and not type(one).__module__.startswith("tqdm")]
 
 
 def _reset_torch() -> None:

@@ -75,12 +75,14 @@ class LaunchTimeout(AssertionError):
 class _Worker:
     """One process of the pool, the pipe to it, and the file that its stdout and stderr go to."""
 
-    def __init__(self, index: int, directory: str) -> None:
+    def __init__(self, index: int, store_port: int, directory: str) -> None:
         context = multiprocessing.get_context("forkserver")
         self.log = Path(directory, f"worker{index}.log")
         self.log.write_bytes(b"")
         self.conn, theirs = context.Pipe()
-        self.process = context.Process(target=worker_main, args=(theirs, str(self.log)), name=f"rank worker {index}")
+        self.process = context.Process(
+            target=worker_main, args=(theirs, store_port, str(self.log)), name=f"rank worker {index}"
+        )
         self.process.start()
         theirs.close()
 
@@ -94,7 +96,8 @@ class _Worker:
 
     def send(self, case: Case) -> None:
         os.truncate(self.log, 0)
-        self.conn.send_bytes(pickle.dumps(case))
+        with contextlib.suppress(ConnectionError):  # `_drive` notes that it has died
+            self.conn.send_bytes(pickle.dumps(case))
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
@@ -116,7 +119,7 @@ class _State(enum.Enum):
     REPORTED = enum.auto()  # fn has returned or raised; the worker waits for its release
     RELEASED = enum.auto()  # cleaning up
     CLEAN = enum.auto()  # ready for the next case
-    DEAD = enum.auto()
+    DEAD = enum.auto()  # or killed, since it could not be made clean
 
 
 class _Rank:
@@ -162,7 +165,7 @@ class _Rank:
             self.fail(report.error, report.error_line, report.time)
         if self.state is _State.RUNNING:
             self.value, self.state = report.value, _State.REPORTED
-        elif report.error:
+        elif report.error or not report.reusable:
             self.kill()
         else:
             self.state = _State.CLEAN
@@ -170,7 +173,7 @@ class _Rank:
     def release(self) -> None:
         if self.state is _State.REPORTED:
             self.state = _State.RELEASED
-            with contextlib.suppress(ConnectionError):  # `receive` notes that it has died
+            with contextlib.suppress(ConnectionError):
                 self.worker.conn.send_bytes(b"")
 
     def kill(self) -> str:
@@ -181,11 +184,14 @@ class _Rank:
 
 
 class RanksPool:
-    """Four worker processes, started at first use and replaced when they die or get stuck."""
+    """Four worker processes, started at first use and replaced when they die, get stuck, or keep a case's threads."""
 
     def __init__(self) -> None:
         self._workers: dict[int, _Worker] = {}
         self._directory = ""
+        # As under torchrun, the launcher holds the store: it outlives a rank 0 that dies.
+        self._store: dist.TCPStore | None = None
+        self._num_cases = 0
 
     def run(
         self,
@@ -224,15 +230,23 @@ class RanksPool:
         call = dumps((fn, args, kwargs))
         self._start_workers()
         ranks = [_Rank(self._workers[index]) for index in range(world_size)]
-        # As under torchrun, the launcher holds the store: no port is chosen before it is bound, and a rank 0 that dies
-        # does not take the store with it.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world_size > 1 else None
+        self._num_cases += 1
         started = time.monotonic()
         try:
             for index, rank in enumerate(ranks):
-                environ = _environ(env or {}, index, world_size, store.port if store else 0)
-                # The group's own timeout is the later one: ours shows where each rank is.
-                rank.worker.send(Case(call, environ, os.getcwd(), list(sys.path), init, timeout + 60))
+                rank.worker.send(
+                    Case(
+                        call=call,
+                        number=self._num_cases,
+                        rank=index,
+                        world_size=world_size,
+                        init=init,
+                        group_timeout=timeout + 60,  # the later one of the two: `_drive` shows where each rank is
+                        environ=self._environ(index, world_size, env or {}),
+                        cwd=os.getcwd(),
+                        path=list(sys.path),
+                    )
+                )
             _drive(ranks, timeout)
         finally:
             for index, rank in enumerate(ranks):
@@ -248,12 +262,28 @@ class RanksPool:
         """Kills the workers; the next case starts new ones."""
         while self._workers:
             self._workers.popitem()[1].kill()
-        if self._directory:
+        if self._store:
+            self._store = None
             shutil.rmtree(self._directory)
-            self._directory = ""
+
+    def _environ(self, rank: int, world_size: int, changes: Mapping[str, str | None]) -> dict[str, str]:
+        torchrun = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_RUN_ID": "ranks",
+            "TORCHELASTIC_RESTART_COUNT": str(self._num_cases),  # tells the keys of two cases apart in the store
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        return _environ((torchrun if world_size > 1 else {}) | dict(changes))
 
     def _start_workers(self) -> None:
-        if not self._directory:
+        if not self._store:
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             self._directory = tempfile.mkdtemp(prefix="ranks-")
             atexit.register(self.close)
         for index, worker in list(self._workers.items()):
@@ -266,7 +296,7 @@ class RanksPool:
                 forkserver.set_forkserver_preload(list(PRELOAD))
                 forkserver.ensure_running()
         for index in new:
-            self._workers[index] = _Worker(index, self._directory)
+            self._workers[index] = _Worker(index, self._store.port, self._directory)
         for index in new:
             self._workers[index].wait_until_ready()
 
@@ -341,23 +371,11 @@ def _changed_environ(**variables: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _environ(changes: Mapping[str, str | None], rank: int = 0, world_size: int = 1, port: int = 0) -> dict[str, str]:
+def _environ(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """This process's environment without a rank and without a GPU, changed as asked for."""
     environ: dict[str, str | None] = dict(os.environ)
     environ |= dict.fromkeys(_RANK_VARIABLES)
     environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    if world_size > 1:
-        environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "ranks",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
     environ |= changes
     return {name: value for name, value in environ.items() if value is not None}
 

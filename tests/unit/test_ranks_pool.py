@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from tqdm import tqdm
 from transformers.utils import logging
 
 from tests.helpers import ranks as pool
@@ -90,13 +92,23 @@ def warn_once():
 
 def redistribute_on_a_late_mesh(num_earlier_groups):
     for _ in range(num_earlier_groups):
-        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        dist.new_group()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     x = torch.arange(16.0).reshape(4, 4)
     sharded = distribute_tensor(x, mesh, [Shard(0), Shard(1)])
     used = {name for result in (sharded @ sharded, sharded.sum(0)) for name in result.device_mesh._dim_group_names}
     full = (sharded @ sharded).redistribute(mesh, [Replicate(), Replicate()]).to_local()
     return bool(torch.equal(full, x @ x)), used == set(mesh._dim_group_names)
+
+
+def leave_a_thread(kind):
+    if kind == "thread":
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    else:
+        bars.append(tqdm(range(3)))
+
+
+bars = []
 
 
 def different_kinds_of_tensors(x):
@@ -194,7 +206,10 @@ def test_one_rank_is_a_plain_process(monkeypatch):
 
 
 def test_the_case_may_initialize_the_group_itself():
-    assert run_ranks(initialize_through_accelerate, 2, init=False) == [(False, 2, 0, "gloo"), (False, 2, 1, "gloo")]
+    for world_size in (2, 4, 2):
+        assert run_ranks(initialize_through_accelerate, world_size, init=False) == [
+            (False, world_size, rank, "gloo") for rank in range(world_size)
+        ]
     assert run_ranks(sum_of_ranks, 2)[0][1] == 2
 
 
@@ -221,6 +236,13 @@ def test_a_case_leaves_nothing_behind():
     after = run_ranks(state, 2)
     assert after == before
     assert before[0]["tensor"] and before[0]["grad"] and before[0]["threads"] == 1
+
+
+@pytest.mark.parametrize(("kind", "replaced"), [("thread", True), ("progress bar", False)])
+def test_a_worker_that_keeps_a_thread_is_replaced(kind, replaced):
+    before = run_ranks(pid, 2)
+    run_ranks(leave_a_thread, 2, kind)
+    assert [old != new for old, new in zip(before, run_ranks(pid, 2), strict=True)] == [replaced] * 2
 
 
 def test_a_warning_given_once_is_given_once_a_case():
@@ -375,28 +397,33 @@ def test_the_children_of_a_dead_rank_die_with_it(tmp_path, monkeypatch):
 POOL_PROGRAM = """
     import os, signal, sys, time
     from tests.helpers.ranks import run_ranks
-    from tests.unit.test_ranks_pool import pid, wait
 
     if __name__ == "__main__":
-        processes = run_ranks(os.getppid, 1) + run_ranks(pid, 4)
-        print("processes", *processes, flush=True)
-        if sys.argv[1] == "killed while ranks run":
-            os.fork() or (time.sleep(0.5), os.kill(os.getppid(), signal.SIGKILL), os._exit(0))
-            run_ranks(wait, 4, "asleep")
+        print("processes", *run_ranks(os.getppid, 1), *run_ranks(os.getpid, 4), flush=True)
+        if sys.argv[1] == "killed":
+            if os.fork() == 0:
+                time.sleep(0.5)
+                os.kill(os.getppid(), signal.SIGKILL)
+                os._exit(0)
+            run_ranks(time.sleep, 4, 600)
 """
 
 
-@pytest.mark.parametrize("how", ["ends", "killed while ranks run"])
-def test_no_process_survives_the_session(how, tmp_path):
+def test_no_process_survives_the_session(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(POOL_PROGRAM))
-    # Not through `launch`, which would kill the workers itself.
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, program, how], env=environ, capture_output=True, text=True, timeout=60)
-    assert done.returncode == (0 if how == "ends" else -signal.SIGKILL), done.stderr
-    processes = [int(word) for word in done.stdout.partition("processes ")[2].split()]
-    assert len(processes) == 5
-    assert wait_until_gone(processes) == []
+    # Not through `launch`, which would kill the workers itself.
+    sessions = {
+        how: subprocess.Popen([sys.executable, program, how], env=environ, stdout=subprocess.PIPE, text=True)
+        for how in ("ends", "killed")
+    }
+    for how, session in sessions.items():
+        output, _ = session.communicate(timeout=60)
+        assert session.returncode == (0 if how == "ends" else -signal.SIGKILL)
+        processes = [int(word) for word in output.partition("processes ")[2].split()]
+        assert len(processes) == 5
+        assert wait_until_gone(processes) == []
 
 
 def test_launch_runs_a_plain_program():
@@ -413,7 +440,7 @@ def test_launch_kills_what_takes_too_long(tmp_path):
     assert 'line 3 in f\n  File "<string>", line 4' in str(error.value)
 
 
-TORCHRUN_PROGRAM = """
+TORCHRUN_PROGRAM = r"""
     import os, pathlib, signal, sys, time
     pathlib.Path(f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
     os.write(1, f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\n".encode())
@@ -428,13 +455,13 @@ TORCHRUN_PROGRAM = """
 """
 
 
-@pytest.mark.parametrize("how", ["ends", "hangs", "loses its launcher"])
+@pytest.mark.parametrize("how", ["ends", pytest.param("hangs", marks=pytest.mark.slow), "loses its launcher"])
 def test_launch_runs_torchrun_and_leaves_no_process(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "program.py").write_text(textwrap.dedent(TORCHRUN_PROGRAM))
     if how == "hangs":
         with pytest.raises(LaunchTimeout, match="rank 0 of 2"):
-            launch(["program.py", how], world_size=2, timeout=6)
+            launch(["program.py", how], world_size=2, timeout=15)
     else:
         done = launch(["program.py", how], world_size=2, timeout=60)
         assert done.returncode == (0 if how == "ends" else -signal.SIGKILL), done.stderr

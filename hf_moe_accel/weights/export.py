@@ -1,0 +1,278 @@
+"""Writes the files of a checkpoint: every rank its own, one tensor at a time.
+
+All ranks compute the same list of jobs from the plan and from where the rows lie, so nothing needs to be agreed on but
+the outcome. A job goes to a rank that holds all that it reads, where there is one; what has to be brought together is
+spread over the ranks by bytes. A rank holds one hub tensor beyond its shard at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_moe_accel.weights.gather import Rows, gather_rows, held_rows, rank_and_world_size, same_outcome
+from hf_moe_accel.weights.plan import HubTensor, KeyPlan
+
+INDEX_NAME = "model.safetensors.index.json"
+# A file's name until the whole checkpoint is complete: nobody takes a half-written file for a weight file.
+PARTIAL = ".partial"
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def export_state(
+    plan: KeyPlan,
+    tensors: Mapping[str, Tensor],
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str,
+    convert: Convert,
+) -> None:
+    """Write the weight files of a checkpoint, and its index where there are several, in place of older ones.
+
+    All ranks must call, with a directory that they share.
+
+    Args:
+        plan: what to write.
+        tensors: the live tensors by the names that the plan reads: plain ones, or DTensors of FSDP2 and EP.
+        directory: an existing directory.
+        max_shard_size: upper limit of a file's tensors in bytes, or a text such as "5GB"; a larger tensor gets a file
+            of its own.
+        convert: makes the tensors of a `ConvertedGroup` from all its sources.
+
+    Raises:
+        ValueError: a tensor's layout or dtype cannot be written, or `max_shard_size` cannot be read.
+        RuntimeError: a rank could not write its part; the files of an older checkpoint are as they were.
+    """
+    rank, world_size = rank_and_world_size()
+    directory = Path(directory)
+    held = held_rows({name: tensors[name] for name in _sources(plan)}, world_size)
+    jobs = _assign(plan, held, world_size)
+    files = _pack(plan, jobs, max_shard_size)
+    task = f"Saving weights to {directory}"
+    try:
+        with same_outcome(task):
+            _write_jobs(jobs, files, tensors, held, directory, convert)
+        with same_outcome(task):
+            if rank == 0:
+                _commit(directory, files, plan)
+    except BaseException:
+        for file in files:
+            if file.writer == rank:
+                (directory / (file.name + PARTIAL)).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(eq=False)
+class _Job:
+    """Hub tensors that one rank makes together."""
+
+    tensors: tuple[HubTensor, ...]
+    reads: tuple[tuple[str, Rows], ...]  # source, rows
+    converted: bool  # a ConvertedGroup, not one HubTensor
+    owners: list[int]  # ranks that hold all that it reads; where there is none, rows move
+    writer: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A weight file and the rank that writes it."""
+
+    name: str
+    writer: int
+    tensors: tuple[HubTensor, ...]
+
+
+def _sources(plan: KeyPlan) -> list[str]:
+    views = (view.source for tensor in plan.tensors for view in tensor.views)
+    return list(dict.fromkeys([*views, *(source for group in plan.groups for source in group.sources)]))
+
+
+def _assign(plan: KeyPlan, held: Mapping[str, tuple[Rows, ...]], world_size: int) -> list[_Job]:
+    """All that is to be done, and by whom; the same list on every rank."""
+
+    @cache  # layer upon layer lies alike
+    def holders(rows_of: tuple[Rows, ...], wanted: Rows) -> set[int]:
+        start, stop = wanted
+        return {rank for rank, (first, end) in enumerate(rows_of) if first <= start and stop <= end}
+
+    def job(tensors: tuple[HubTensor, ...], reads: tuple[tuple[str, Rows], ...], converted: bool) -> _Job:
+        owners = set.intersection(*(holders(held[name], wanted) for name, wanted in reads))
+        return _Job(tensors, reads, converted, sorted(owners))
+
+    jobs = [job((tensor,), tuple((view.source, view.rows) for view in tensor.views), False) for tensor in plan.tensors]
+    for group in plan.groups:
+        reads = tuple((name, (0, max(stop for _, stop in held[name]))) for name in group.sources)
+        jobs.append(job(group.tensors, reads, True))
+
+    # Those without a choice first, then the large ones: the rest evens the load out.
+    load = [0] * world_size
+    for each in sorted(jobs, key=lambda job: (len(job.owners) or world_size, -job.nbytes)):
+        each.writer = min(each.owners or range(world_size), key=load.__getitem__)
+        load[each.writer] += each.nbytes
+    # What moves rows comes first, while all ranks are at the same place; then each goes on alone.
+    return sorted(jobs, key=lambda job: bool(job.owners))
+
+
+def _pack(plan: KeyPlan, jobs: Sequence[_Job], max_shard_size: int | str) -> list[_File]:
+    """The files of all ranks: rank 0's first, each rank's cut as transformers cuts a whole checkpoint."""
+    writer_of = {tensor.key: job.writer for job in jobs for tensor in job.tensors}
+    by_writer: dict[int, dict[str, HubTensor]] = {writer: {} for writer in sorted(set(writer_of.values()))}
+    for tensor in plan.all_tensors:
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(f"{tensor.key} has dtype {tensor.dtype}; files can hold {list(_DTYPE_NAMES)}.")
+        by_writer[writer_of[tensor.key]][tensor.key] = tensor
+    shards = []
+    for writer, tensors in by_writer.items():
+        split = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="{suffix}",
+            max_shard_size=max_shard_size,
+        )
+        shards += [(writer, tuple(tensors[key] for key in keys)) for keys in split.filename_to_tensors.values()]
+    if len(shards) == 1:
+        return [_File("model.safetensors", *shards[0])]
+    return [
+        _File(f"model-{number:05d}-of-{len(shards):05d}.safetensors", *shard)
+        for number, shard in enumerate(shards, start=1)
+    ]
+
+
+def _write_jobs(
+    jobs: Sequence[_Job],
+    files: Sequence[_File],
+    tensors: Mapping[str, Tensor],
+    held: Mapping[str, Sequence[Rows]],
+    directory: Path,
+    convert: Convert,
+) -> None:
+    """Do this rank's jobs, and its part in the others'. All ranks must call."""
+    rank, _ = rank_and_world_size()
+    device = next((t.device_mesh.device_type for t in tensors.values() if isinstance(t, DTensor)), "cpu")
+    file_of = {tensor.key: file for file in files if file.writer == rank for tensor in file.tensors}
+    failure: Exception | None = None
+    with ExitStack() as stack:
+        opened: dict[str, _TensorFile] = {}
+        for job in jobs:
+            if job.owners and job.writer != rank:
+                continue
+            rows = [gather_rows(tensors[name], wanted, held[name], job.writer, device) for name, wanted in job.reads]
+            # After an error the other ranks still wait for the rows that this one holds.
+            if job.writer != rank or failure is not None:
+                continue
+            try:
+                for tensor, value in _build(job, rows, tensors, convert):
+                    file = file_of[tensor.key]
+                    if file.name not in opened:
+                        path = directory / (file.name + PARTIAL)
+                        opened[file.name] = stack.enter_context(_TensorFile(path, file.tensors))
+                    opened[file.name].write(tensor, value)
+            except Exception as error:
+                failure = error
+    if failure is not None:
+        raise failure
+
+
+def _build(
+    job: _Job, rows: Sequence[Tensor | None], tensors: Mapping[str, Tensor], convert: Convert
+) -> Iterator[tuple[HubTensor, Tensor]]:
+    """The values of a job's tensors, from the rows that it reads."""
+    read = [part for part in rows if part is not None]
+    if not job.converted:
+        yield job.tensors[0], job.tensors[0].build(read)
+        return
+    sources = {name: part.reshape(tensors[name].shape) for (name, _), part in zip(job.reads, read, strict=True)}
+    made = convert(sources)
+    for tensor in job.tensors:
+        yield tensor, made[tensor.key]
+
+
+class _TensorFile(AbstractContextManager["_TensorFile"]):
+    """A safetensors file whose tensors are written one at a time, in any order."""
+
+    def __init__(self, path: Path, tensors: Sequence[HubTensor]) -> None:
+        """Creates the file and writes its header: a length, then JSON that says where each tensor's bytes go."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._starts = {}
+        end = 0
+        for tensor in sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.key)):  # keeps all aligned
+            self._starts[tensor.key], end = end, end + tensor.nbytes
+            header[tensor.key] = {
+                "dtype": _DTYPE_NAMES[tensor.dtype],
+                "shape": tensor.shape,
+                "data_offsets": [end - tensor.nbytes, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._data_start = 8 + len(text)
+        self._file = open(path, "wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, tensor: HubTensor, value: Tensor) -> None:
+        """Write the values of one tensor."""
+        assert tensor.shape == value.shape and tensor.dtype == value.dtype, (tensor, value.shape, value.dtype)
+        self._file.seek(self._data_start + self._starts[tensor.key])
+        self._file.write(value.cpu().contiguous().view(value.numel()).view(torch.uint8).numpy().data)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _commit(directory: Path, files: Sequence[_File], plan: KeyPlan) -> None:
+    """Give complete files their names, and remove those of an earlier checkpoint."""
+    names = [file.name for file in files]
+    absent = [file for file in files if not (directory / (file.name + PARTIAL)).exists()]
+    if absent:
+        raise FileNotFoundError(
+            f"{directory} lacks what rank {absent[0].writer} has written there, {absent[0].name}: it must lie on a "
+            "file system that all ranks share."
+        )
+    for name in names:
+        os.replace(directory / (name + PARTIAL), directory / name)
+    index_path = directory / INDEX_NAME
+    if len(files) > 1:
+        index = {
+            "metadata": {
+                "total_parameters": plan.num_parameters,
+                "total_size": sum(tensor.nbytes for tensor in plan.all_tensors),
+            },
+            "weight_map": {tensor.key: file.name for file in files for tensor in file.tensors},
+        }
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    else:
+        index_path.unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if _WEIGHT_FILE.fullmatch(path.name) and path.name not in names:
+            path.unlink()

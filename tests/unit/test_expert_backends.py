@@ -1,0 +1,233 @@
+"""Every expert backend equals `eager`, forward and backward, and all of them equal transformers' own experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GptOssConfig, NemotronHConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from hf_moe_accel.dispatch.local import LocalDispatcher
+from hf_moe_accel.experts import EXPERT_BACKENDS
+from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads
+from hf_moe_accel.hf.discover import find_experts
+from hf_moe_accel.moe.forward import forward
+from hf_moe_accel.ops.permutation import Dispatched
+from hf_moe_accel.runtime import MoERuntime
+from hf_moe_accel.topology import ExpertTopology
+from tests.helpers.grids import (
+    GATES,
+    HIDDEN,
+    ROWS,
+    TRAINED,
+    Case,
+    grid,
+    make_batch,
+    make_rows,
+    make_spec,
+    make_weights,
+    needed_grads,
+)
+from tests.helpers.tolerances import assert_close
+
+NUM_EXPERTS = 5
+BACKENDS = [name for name in EXPERT_BACKENDS if name != "eager"]
+CASES = grid(
+    {
+        "rows": ROWS,
+        "gate": GATES,
+        "trained": ("all", "none", "projections", "vectors"),
+        "rows_need": ("x and routing", "x", "routing"),
+        "transposed": (False, True),
+        "bias": (False, True),
+        "post_norm": (False, True),
+        "dtype": (torch.float32, torch.bfloat16),
+    },
+    valid=lambda case: case["trained"] != "vectors" or case["bias"] or case["post_norm"],
+)
+
+
+def backend_of(name: str) -> ExpertBackend:
+    return EXPERT_BACKENDS.load(name)()
+
+
+def inputs_of(case: Case, device: str) -> tuple[ExpertsSpec, ExpertWeights, Dispatched]:
+    spec = make_spec(NUM_EXPERTS, **{key: case[key] for key in ("gate", "transposed", "bias", "post_norm")})
+    weights = make_weights(spec, case["dtype"])
+    rows = make_rows(case["rows"], NUM_EXPERTS, case["dtype"])
+    return (
+        spec,
+        ExpertWeights.of(None if weight is None else weight.to(device) for weight in weights),
+        Dispatched(*(tensor.to(device) for tensor in rows)),
+    )
+
+
+def results(
+    backend: ExpertBackend, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, case: Case
+) -> dict[str, Tensor | None]:
+    """Output and all gradients, by name; None where a gradient was not asked for."""
+    needs = needed_grads(case["trained"], weights)
+    out, saved = backend.forward(spec, weights, rows)
+    # Small enough for the parameters' gradients, sums over rows, to be of the order of one.
+    grad_ND = (0.3 * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).to(out)
+    grads = backend.backward_rows(
+        spec,
+        weights,
+        rows,
+        saved,
+        grad_ND,
+        need_x="x" in case["rows_need"],
+        need_routing="routing" in case["rows_need"],
+    )
+    of_weights = backend.backward_weights(spec, weights, rows, grads, needs)
+    return {"out": out, "x": grads.x_ND, "routing": grads.weights_R} | of_weights._asdict()
+
+
+def check_equals_eager(name: str, case: Case, device: str) -> None:
+    spec, weights, rows = inputs_of(case, device)
+    assert backend_of(name).why_not(spec, case["dtype"], torch.device(device)) is None
+    actual = results(backend_of(name), spec, weights, rows, case)
+    expected = results(backend_of("eager"), spec, weights, rows, case)
+    wanted = {"out", *case["rows_need"].split(" and ")}
+    wanted |= {key for key, need in needed_grads(case["trained"], weights)._asdict().items() if need}
+    for result in (actual, expected):
+        assert {key for key, value in result.items() if value is not None} == wanted
+        if "routing" in wanted:
+            assert result["routing"].dtype == torch.float32
+            # It is as exact as the products that it is made of.
+            result["routing"] = result["routing"].to(case["dtype"])
+    assert_close({key: actual[key] for key in wanted}, {key: expected[key] for key in wanted}, "backend")
+    idle = rows.counts_e == 0
+    for key in wanted & {"up", "down", "up_bias", "down_bias"}:
+        assert not actual[key][idle].any(), f"{key}: an expert without rows has a gradient"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_equals_eager(name: str, case: Case) -> None:
+    check_equals_eager(name, case, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("trained", "products"), [("none", 0), ("vectors", 0), ("up", 1), ("down", 1), ("projections", 2)]
+)
+def test_frozen_weights_cost_no_products(trained: str, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_moe_accel.experts import grouped_mm
+
+    calls = []
+    outer = grouped_mm.grouped_outer
+    monkeypatch.setattr(grouped_mm, "grouped_outer", lambda *args: calls.append(1) or outer(*args))
+    case = {"rows": "ragged", "gate": "clamped", "transposed": True, "bias": True, "post_norm": False}
+    case |= {"dtype": torch.float32, "trained": trained, "rows_need": "x and routing"}
+    found = results(backend_of("grouped_mm"), *inputs_of(case, "cpu"), case)
+    assert len(calls) == products
+    trains = TRAINED[trained]._asdict()
+    assert all((found[key] is not None) == (trains[key] and key != "post_norm") for key in NeededGrads._fields)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nothing_is_read_back(name: str, gate: str, bias: bool, post_norm: bool) -> None:
+    case = {"rows": "ragged", "gate": gate, "transposed": False, "bias": bias, "post_norm": post_norm}
+    case |= {"dtype": torch.bfloat16, "trained": "all", "rows_need": "x and routing"}
+    # The meta device holds no values: whatever asked for one would raise.
+    spec, weights, rows = inputs_of(case, "meta")
+    results(backend_of(name), spec, weights, rows, case)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "dtype", "reason"),
+    [
+        (32, 16, torch.float64, "no kernel for torch.float64"),
+        (33, 16, torch.float32, "hidden size 33 in torch.float32"),
+        (32, 12, torch.bfloat16, "intermediate size 12 in torch.bfloat16"),
+        (32, 12, torch.float32, None),
+        (32, 16, torch.bfloat16, None),
+    ],
+)
+def test_grouped_mm_says_why_not(hidden: int, intermediate: int, dtype: torch.dtype, reason: str | None) -> None:
+    spec = make_spec(4, gate="silu", transposed=False, bias=False, post_norm=False)
+    spec = replace(spec, hidden_size=hidden, pre_activation_size=2 * intermediate, intermediate_size=intermediate)
+    found = backend_of("grouped_mm").why_not(spec, dtype, torch.device("cpu"))
+    assert found == reason or (reason is not None and found is not None and reason in found)
+    assert backend_of("eager").why_not(spec, dtype, torch.device("cpu")) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experts of transformers
+
+
+def real_experts(kind: str) -> Any:
+    """A real experts module of 8 experts whose forward is transformers' own loop."""
+    if kind == "qwen3_moe":
+        module: Any = Qwen3MoeExperts(
+            Qwen3MoeConfig(hidden_size=HIDDEN, moe_intermediate_size=16, num_experts=8, experts_implementation="eager")
+        )
+    elif kind == "gpt_oss":
+        module = GptOssExperts(
+            GptOssConfig(
+                hidden_size=HIDDEN,
+                intermediate_size=16,
+                num_local_experts=8,
+                swiglu_limit=1.5,
+                experts_implementation="eager",
+            )
+        )
+    elif kind == "nemotron_h":
+        module = NemotronHExperts(
+            NemotronHConfig(
+                hidden_size=HIDDEN, moe_intermediate_size=16, n_routed_experts=8, experts_implementation="eager"
+            )
+        )
+    else:
+        module = MuseSparkExperts(
+            MuseSparkTextConfig(
+                moe_hidden_size=HIDDEN, moe_intermediate_size=16, num_local_experts=8, experts_implementation="eager"
+            )
+        )
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in module.named_parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+        if "norm" in name:
+            nn.init.normal_(parameter, mean=1.0, std=0.1, generator=generator)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"])
+@pytest.mark.parametrize("name", list(EXPERT_BACKENDS))
+def test_equals_the_experts_of_transformers(name: str, kind: str, top_k: int, dtype: torch.dtype) -> None:
+    module = real_experts(kind).to(dtype)
+    assert module.config._experts_implementation == "eager"
+    ((x, ids, weights),) = make_batch("uneven", 1, 8, top_k, HIDDEN)
+    ids = ids.clamp(max=6)  # the last expert gets nothing
+    grad = (0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))).to(dtype)
+
+    def run(experts: Any) -> dict[str, Tensor]:
+        leaves = [x.to(dtype).requires_grad_(), weights.to(dtype).requires_grad_()]
+        module.zero_grad()
+        out = experts(leaves[0], ids, leaves[1])
+        out.backward(grad)
+        assert all(p.grad is not None for p in module.parameters())
+        of_parameters = {key: p.grad for key, p in module.named_parameters()}
+        return {"out": out, "x": leaves[0].grad, "routing": leaves[1].grad} | of_parameters
+
+    (found,) = find_experts(nn.ModuleDict({"experts": module}))
+    runtime = MoERuntime(ExpertTopology(1, 8), LocalDispatcher(), backend_of(name), [8], 60.0)
+
+    def ours(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        parameters = ExpertWeights.of(key and module.get_parameter(key) for key in found.parameters)
+        return forward(found.spec, x_TD, ids_TK, weights_TK, parameters, runtime, 0)
+
+    assert_close(run(ours), run(module), "backend")
