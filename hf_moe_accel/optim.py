@@ -39,7 +39,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer, one per device mesh: `AdamW(parameter_groups(model), lr=1e-5)`.
 
-    foreach and fused optimizers cannot take parameters of several meshes in one group.
+    As transformers' Trainer does: foreach and fused optimizers raise on a group of sharded and plain parameters, and
+    torch does not promise that they take parameters of several meshes.
 
     Args:
         model: prepared.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -25,7 +25,7 @@ from hf_moe_accel.hf.discover import FoundExperts, find_experts, why_not_standar
 from hf_moe_accel.hf.export import export_checkpoint
 from hf_moe_accel.hf.install import bind
 from hf_moe_accel.hf.keys import original_classes
-from hf_moe_accel.hf.loading import distributed_config, shard_in_place
+from hf_moe_accel.hf.loading import distributed_config, flatten_expert_mesh, shard_in_place
 from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.topology import ExpertTopology
@@ -93,6 +93,8 @@ def prepare_moe_model(model: Any, config: MoEAccelConfig | None = None, *, fsdp_
     names = [name for name, _ in base.named_parameters()]
     if setup.topology.world_size > 1 and not _is_sharded(base):
         shard_in_place(base, setup.topology, mixed_precision=fsdp_mixed_precision)
+    if setup.topology.ep_size > 1:
+        flatten_expert_mesh(base)
     runtime = MoERuntime(
         setup.topology,
         _make_dispatcher(setup, base),
@@ -104,6 +106,8 @@ def prepare_moe_model(model: Any, config: MoEAccelConfig | None = None, *, fsdp_
     keep_exchanges_when_checkpointing(base)
     base.moe_runtime = runtime
     base.save_pretrained = MethodType(_save_pretrained, base)
+    base._get_name = MethodType(_get_name, base)
+    base.load_state_dict = MethodType(_load_state_dict, base)
     assert [name for name, _ in base.named_parameters()] == names, "preparing a model must not rename its parameters"
     say(report(base, found, setup))
     return model
@@ -226,9 +230,8 @@ def _check_prepared(runtime: MoERuntime, config: MoEAccelConfig) -> None:
 def report(model: Any, found: Sequence[FoundExperts], setup: Setup) -> str:
     """What was prepared, for people."""
     experts = sorted({item.spec.num_experts for item in found})
-    name = type(model).__name__.removeprefix("FSDP")
     lines = [
-        f"hf_moe_accel: {name}, {len(found)} MoE layers of {' or '.join(map(str, experts))} experts",
+        f"hf_moe_accel: {_get_name(model)}, {len(found)} MoE layers of {' or '.join(map(str, experts))} experts",
         f"  layout      {setup.topology.describe()}",
         f"  dispatcher  {setup.dispatcher}",
         f"  experts     {setup.backend}",
@@ -296,6 +299,11 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def _get_name(model: nn.Module) -> str:
+    """The name of the model's class before `fully_shard` renamed it: Trainer tells what a model is for by it."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
 def _save_pretrained(
     model: Any,
     save_directory: str | os.PathLike[str],
@@ -311,10 +319,27 @@ def _save_pretrained(
     `PreTrainedModel.save_pretrained`; with any but the first, `is_main_process` and `max_shard_size`, transformers'
     own code runs, which gathers the whole model on rank 0.
     """
-    if state_dict is None and not push_to_hub and not kwargs:
+    adapters = getattr(model, "_hf_peft_config_loaded", False)
+    if state_dict is None and not push_to_hub and not kwargs and not adapters:
         export_checkpoint(model, save_directory, max_shard_size=max_shard_size)
         return
     with original_classes(model):
         type(model).save_pretrained(
             model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs
         )
+
+
+def _load_state_dict(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """`load_state_dict` of a prepared model; Trainers use it to resume and to load the best checkpoint.
+
+    Raises:
+        ValueError: the parameters are sharded and the state is not; torch would raise on each of them.
+    """
+    sharded = {name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
+    if any(name in sharded and not isinstance(value, DTensor) for name, value in state_dict.items()):
+        raise ValueError(
+            "the weights of a sharded model cannot be replaced by those of a plain state dict, as Trainers do to "
+            "resume or to load the best checkpoint: use AcceleratedMoETrainer, or load that checkpoint as the model "
+            "and train without resume_from_checkpoint and load_best_model_at_end."
+        )
+    return type(model).load_state_dict(model, state_dict, *args, **kwargs)

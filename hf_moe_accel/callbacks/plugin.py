@@ -16,18 +16,25 @@ class MoEAccelCallback(TrainerCallback):
         trainer = TheirTrainer(model=model, args=args, callbacks=[MoEAccelCallback()], ...)
 
     In this form a run saves through the model's own `save_pretrained` (standard files), needs `save_only_model=True`
-    or `save_strategy="no"`, and cannot resume. `AcceleratedMoETrainer` knows more.
+    or `save_strategy="no"`, and can neither resume nor load the best checkpoint at its end. `AcceleratedMoETrainer`
+    knows more.
 
     Raises:
-        ValueError: the model was not prepared, the optimizer's state would be saved, or the run was resumed.
+        ValueError: the model was not prepared, the optimizer's state would be saved, the run was resumed, or the best
+            checkpoint would be loaded.
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check what the run will save."""
+        """Check what the run will save and load."""
         if args.save_strategy != "no" and not args.save_only_model:
             raise ValueError(
                 "MoEAccelCallback needs save_only_model=True (or save_strategy='no'): the optimizer state of a "
                 "prepared model is not saved in this form. Set it in TrainingArguments, or use AcceleratedMoETrainer."
+            )
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True is not supported in this form: the Trainer would read the checkpoint "
+                "without its experts. Delete it, or use AcceleratedMoETrainer."
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -206,6 +206,8 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def sum_over_ep(self, tensor: Tensor) -> Tensor:
         """All-reduce over the EP group."""
+        # Autograd hands out expanded gradients: fewer elements in memory than the collective would write.
+        tensor = tensor.contiguous()
         dist.all_reduce(tensor, group=self.group)
         return tensor
 

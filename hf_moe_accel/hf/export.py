@@ -54,9 +54,11 @@ def _check(model: PreTrainedModel) -> None:
             "model's own save_pretrained."
         )
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("The model carries PEFT adapters. Save them with its own save_pretrained.")
+        raise ValueError(
+            "The model carries PEFT adapters: PreTrainedModel.save_pretrained(model, directory) saves them."
+        )
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("The model is quantized. Save it with its own save_pretrained.")
+        raise ValueError("The model is quantized: PreTrainedModel.save_pretrained(model, directory) saves it.")
 
 
 def _save_config(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:

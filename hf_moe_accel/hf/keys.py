@@ -24,6 +24,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from hf_moe_accel.weights.plan import ConvertedGroup, HubTensor, KeyPlan, View
 
 aten = torch.ops.aten
+_INSTEAD = "PreTrainedModel.save_pretrained(model, directory) gathers the whole model and saves it."
 
 
 def compile_key_plan(model: PreTrainedModel) -> KeyPlan:
@@ -46,7 +47,7 @@ def compile_key_plan(model: PreTrainedModel) -> KeyPlan:
         if not isinstance(tracer, _Tracer):
             raise ValueError(
                 f"{key!r} cannot be exported shard by shard: its converter returns values that it did not make from "
-                "the model's weights. Save this model with transformers' own save_pretrained."
+                f"the model's weights. {_INSTEAD}"
             )
         tensor = HubTensor(key, tuple(tracer.shape), tracer.dtype, tracer.views or (), tracer.cat_dim)
         if tracer.views:
@@ -146,7 +147,9 @@ class _Tracer(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            raise ValueError(f"This model cannot be exported shard by shard: its converter calls {func} in place.")
+            raise ValueError(
+                f"This model cannot be exported shard by shard: its converter calls {func} in place. {_INSTEAD}"
+            )
         rule = _RULES.get(func)
         traced = rule(*args, **kwargs) if rule else None
         return _opaque(func, args, kwargs) if traced is None else traced
@@ -164,7 +167,7 @@ def _opaque(func: Any, args: Any, kwargs: Any) -> Any:
     except RuntimeError as error:
         raise ValueError(
             f"This model cannot be exported shard by shard: its converter calls {func}, whose result is not known "
-            f"without the weights' values ({error})."
+            f"without the weights' values ({error}). {_INSTEAD}"
         ) from error
     return tree_map(lambda x: _Tracer.make(x.shape, x.dtype, sources, None) if isinstance(x, Tensor) else x, results)
 

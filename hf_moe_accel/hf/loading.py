@@ -88,6 +88,14 @@ def _untie(model: Any) -> None:
             setattr(model.get_submodule(module), key, empty)
 
 
+def flatten_expert_mesh(model: Any) -> None:
+    """Let DTensor reduce expert parameters in one collective instead of one a mesh axis. All ranks must call.
+
+    Gradient norms then also have one order of summation on all ranks; torch warns of the axes that are not flattened.
+    """
+    model._mesh_manager.get_mesh(("efsdp", "ep"))._flatten("efsdp_ep")
+
+
 def load_weights(model: Any, directory: str | os.PathLike[str]) -> None:
     """Read a standard checkpoint into a live model, sharded or not, in place. All ranks must call.
 

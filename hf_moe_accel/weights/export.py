@@ -69,7 +69,8 @@ def export_state(
 
     Raises:
         ValueError: a tensor's layout or dtype cannot be written, or `max_shard_size` cannot be read.
-        RuntimeError: a rank could not write its part; the files of an older checkpoint are as they were.
+        RuntimeError: a rank could not write its part; the files of an older checkpoint are then as they were. One
+            process raises the error itself.
     """
     rank, world_size = rank_and_world_size()
     directory = Path(directory)

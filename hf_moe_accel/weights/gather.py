@@ -87,8 +87,8 @@ def _rows_by_rank(name: str, tensor: DTensor, world_size: int) -> tuple[Rows, ..
     if mesh.size() != world_size or not all(p.is_replicate() or getattr(p, "dim", None) == 0 for p in placements):
         raise ValueError(
             f"{name} lies as {placements} on {mesh}, in a run of {world_size} ranks. Only tensors that are sharded "
-            "along dim 0 over all ranks, as FSDP2 and expert parallelism do it, can be exported shard by shard. Save "
-            "this model with transformers' own save_pretrained."
+            "along dim 0 over all ranks, as FSDP2 and expert parallelism do it, can be exported shard by shard. "
+            "PreTrainedModel.save_pretrained(model, directory) gathers the whole model and saves it."
         )
     rows: list[Rows] = [(0, 0)] * world_size
     for coordinate in itertools.product(*map(range, mesh.shape)):

@@ -46,13 +46,29 @@ def concatenated(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    """A gradient, small enough for the gradients of parameters to be of the order of one."""
-    return (0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    """A gradient, small enough for the gradients of parameters, sums over tokens, to be of the order of one."""
+    return (0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def gradients(batch: Batch, dtype: torch.dtype) -> list[Tensor]:
     """One a rank, such that their concatenation is the gradient of the concatenated batch."""
     return [draw(x.shape, dtype, 10 + rank) for rank, (x, _, _) in enumerate(batch)]
+
+
+def assert_equal_where_present(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Bit for bit; None where None is expected."""
+    assert {key for key, value in actual.items() if value is None} == {k for k, v in expected.items() if v is None}
+    present = {key: value for key, value in expected.items() if value is not None}
+    assert_close({key: actual[key] for key in present}, present, "exact")
+
+
+def assert_equal_but_for_rounding(actual: Tensor, expected: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Both are as exact as the products that they are made of, in `dtype`, whatever they are stored in."""
+    if dtype == torch.bfloat16:
+        # Sums may cancel, but their rounding errors do not: those are relative to the largest value.
+        largest = expected.abs().max() if expected.any() else 1.0
+        actual, expected = actual / largest, expected / largest
+    assert_close(actual.to(dtype), expected.to(dtype), "backend", name)
 
 
 def leaves_of(weights: ExpertWeights, trained: str) -> ExpertWeights:
@@ -74,7 +90,6 @@ CASES = grid(
         "backend": tuple(EXPERT_BACKENDS),
         "dtype": (torch.float32, torch.bfloat16),
         "top_k": (TOP_K, 1),
-        "ids": (torch.int64, torch.int32),
         "world_size": (2, 4),
     }
 )
@@ -106,7 +121,7 @@ def path_on_ranks(case: Case) -> dict[str, Any]:
     mine = [w if w is None or w.dim() == 1 else w[rank * local : (rank + 1) * local] for w in full]
     batch = make_batch(case["tokens"], world_size, NUM_EXPERTS, case["top_k"], HIDDEN)
     x, ids, routing = batch[rank]
-    inputs = x.to(case["dtype"]), ids.to(case["ids"]), routing
+    inputs = x.to(case["dtype"]), ids, routing
     grad = gradients(batch, case["dtype"])[rank]
     with closing(make_runtime(case["backend"], dist.group.WORLD)) as runtime:
         return run_path(spec, leaves_of(ExpertWeights.of(mine), case["trained"]), runtime, inputs, grad)
@@ -129,12 +144,10 @@ def test_ranks_equal_one_process(case: Case) -> None:
         if value is None:
             assert parts == [None] * len(parts), key
         elif key == "d post_norm":
-            assert_close(parts, [value] * len(parts), "backend", key)
+            for part in parts:
+                assert_equal_but_for_rounding(part, value, case["dtype"], key)
         else:
-            actual = torch.cat(parts)
-            if key == "d routing":  # fp32, but as exact as the products that it is made of
-                actual, value = actual.to(case["dtype"]), value.to(case["dtype"])
-            assert_close(actual, value, "backend", key)
+            assert_equal_but_for_rounding(torch.cat(parts), value, case["dtype"], key)
 
 
 def assert_trained(result: dict[str, Any], weights: ExpertWeights, trained: str) -> None:
@@ -154,11 +167,13 @@ FSDP_CASES = grid(
         "layout": tuple(LAYOUTS),
         "tokens": ("uneven", "none on a rank", "all to one rank"),
         "kind": ("gated", "gpt_oss", "muse_spark"),
-        "trained": ("all", "none", "up"),
+        "trained": ("all", "none"),
         "backend": tuple(EXPERT_BACKENDS),
         "sync": ("each", "last"),  # whether each micro-batch is reduced, or the sum of all
         "mixed_precision": (False, True),
-    }
+    },
+    # Rounding to bf16 carries values over the edges of the clamp, where its gradient jumps.
+    valid=lambda case: not (case["mixed_precision"] and case["kind"] == "gpt_oss"),
 )
 
 
@@ -267,14 +282,14 @@ def test_sharded_equals_one_process(case: Case) -> None:
     for key in ("out", "d x", "d routing"):
         for i in range(ACCUMULATION):
             actual = torch.cat([result[key][i] for result in results])
-            assert_close(actual.to(dtype), expected[key][i].to(dtype), "backend", f"{key} {i}")
+            assert_equal_but_for_rounding(actual, expected[key][i], dtype, f"{key} {i}")
     for name, grad in expected["parameters"].items():
         for result in results:
             actual = result["parameters"][name]
             assert (actual is None) == (grad is None), name
             if grad is not None:
                 assert actual.dtype == torch.float32, "masters and their gradients are fp32"
-                assert_close(actual.to(dtype), grad, "backend", name)
+                assert_equal_but_for_rounding(actual, grad, dtype, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,7 +316,8 @@ def test_gradients_of_any_layout(backend: str, layout: str) -> None:
     assert inputs[0].shape == grad.shape
     actual = run_path(spec, weights, make_runtime(backend), inputs, grad)
     spec, weights, inputs = simple_call()
-    assert_close(actual, run_path(spec, weights, make_runtime(backend), inputs, grad.contiguous()), "exact")
+    expected = run_path(spec, weights, make_runtime(backend), inputs, grad.contiguous())
+    assert_equal_where_present(actual, expected)
 
 
 @pytest.mark.parametrize("needs", ["x", "routing", "nothing"])
@@ -316,9 +332,9 @@ def test_inputs_without_a_gradient(backend: str, trained: str, needs: str) -> No
     assert_trained(actual, weights, trained)
     for key in ("d x", "d routing"):
         assert (actual[key] is not None) == (key[2:] in needs), key
-    assert_close({key: value for key, value in actual.items() if value is not None}, {
-        key: expected[key] for key, value in actual.items() if value is not None
-    }, "exact")
+    assert_equal_where_present(
+        actual, {key: expected[key] if found is not None else None for key, found in actual.items()}
+    )
 
 
 class Spy(EagerBackend):
@@ -350,10 +366,9 @@ def test_autocast_with_fp32_masters_computes_in_bf16(kind: str, x_dtype: torch.d
 
     spec, weights, _ = simple_call(kind, torch.bfloat16)
     expected = run_path(spec, weights, make_runtime("eager"), (x.bfloat16(), ids, routing), grad.bfloat16())
-    for key, value in expected.items():
-        assert (actual[key] is None) == (value is None), key
-        if value is not None:
-            assert_close(actual[key], value.to(actual[key].dtype), "exact", key)
+    assert_equal_where_present(
+        actual, {key: None if value is None else value.to(actual[key].dtype) for key, value in expected.items()}
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -420,16 +435,15 @@ def path_with_hooks(kind: str, backend: str, autocast: bool) -> None:
     weights = leaves_of(mine, "all")
     parameters = [w for w in weights if w is not None]
     actual = run(weights, hooked=True)
-    for key, value in expected.items():
-        assert (actual[key] is None) == (value is None), key
-        if value is not None:
-            assert_close(actual[key], value, "exact", key)
+    assert_equal_where_present(actual, expected)
     storages = [tensor.untyped_storage().data_ptr() for tensor in saved]
     for parameter in parameters:
         assert storages.count(parameter.untyped_storage().data_ptr()) == 1, "saved once, as the parameter itself"
         # A cast or transposed copy would have its size.
         copies = [t for t in saved if t.is_floating_point() and sorted(t.shape) == sorted(parameter.shape)]
-        assert all(t.untyped_storage().data_ptr() in {p.untyped_storage().data_ptr() for p in parameters} for t in copies)
+        assert all(
+            t.untyped_storage().data_ptr() in {p.untyped_storage().data_ptr() for p in parameters} for t in copies
+        )
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])

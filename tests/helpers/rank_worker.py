@@ -32,6 +32,7 @@ PRELOAD = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "accelerate",
+    "pytest",
     "transformers",
     "transformers.trainer",
 )
@@ -152,7 +153,8 @@ def _clean_up() -> Report:
         _reset_torch()
         _reset_hugging_face()
         gc.collect()
-        return Report(reusable=not _left_threads())
+        # A group that failed to initialize is still counted, and would name the next ones differently on this rank.
+        return Report(reusable=dist.distributed_c10d._world.group_count == 0 and not _left_threads())
     except BaseException as exc:
         return _failure(exc)
 

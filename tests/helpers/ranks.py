@@ -11,7 +11,7 @@ milliseconds, and so does a new worker. The life of a case on each of its ranks:
 
 Waiting for the release keeps a fast rank from closing connections that a slow one still reads from. Releasing a
 failed rank at once closes them, which ends the collectives that the others wait in. A rank that stays silent
-nevertheless is asked for its Python stack, killed and replaced.
+nevertheless is asked for its Python stack. The workers of a failed case are killed.
 """
 
 from __future__ import annotations
@@ -99,6 +99,10 @@ class _Worker:
         with contextlib.suppress(ConnectionError):  # `_drive` notes that it has died
             self.conn.send_bytes(pickle.dumps(case))
 
+    def has_died(self) -> bool:
+        """Says whether an idle worker has died: one that lives has nothing to say."""
+        return self.conn.poll() or not self.process.is_alive()
+
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
@@ -184,7 +188,7 @@ class _Rank:
 
 
 class RanksPool:
-    """Four worker processes, started at first use and replaced when they die, get stuck, or keep a case's threads."""
+    """Four worker processes, started at first use; those of a failed case, or that cannot be cleaned, are replaced."""
 
     def __init__(self) -> None:
         self._workers: dict[int, _Worker] = {}
@@ -231,6 +235,9 @@ class RanksPool:
         self._start_workers()
         ranks = [_Rank(self._workers[index]) for index in range(world_size)]
         self._num_cases += 1
+        # Rendezvous through the environment does not tell the keys of two cases apart: it needs a store of its own.
+        own_store = None if init else _new_store()
+        port = (own_store or self._store).port
         started = time.monotonic()
         try:
             for index, rank in enumerate(ranks):
@@ -242,18 +249,22 @@ class RanksPool:
                         world_size=world_size,
                         init=init,
                         group_timeout=timeout + 60,  # the later one of the two: `_drive` shows where each rank is
-                        environ=self._environ(index, world_size, env or {}),
+                        environ=_environ(
+                            (_torchrun(index, world_size, port) if world_size > 1 else {}) | dict(env or {})
+                        ),
                         cwd=os.getcwd(),
                         path=list(sys.path),
                     )
                 )
             _drive(ranks, timeout)
         finally:
+            failed = any(rank.error for rank in ranks)
             for index, rank in enumerate(ranks):
-                if rank.state is not _State.CLEAN:
+                # New workers cost less than looking for what else a failure may have left behind.
+                if failed or rank.state is not _State.CLEAN:
                     rank.kill()
                     del self._workers[index]
-        if any(rank.error for rank in ranks):
+        if failed:
             raise RanksError(_describe(fn, ranks, started))
         values = [pickle.loads(rank.value) for rank in ranks]
         return [(value, rank.output) for value, rank in zip(values, ranks, strict=True)] if capture else values
@@ -266,28 +277,13 @@ class RanksPool:
             self._store = None
             shutil.rmtree(self._directory)
 
-    def _environ(self, rank: int, world_size: int, changes: Mapping[str, str | None]) -> dict[str, str]:
-        torchrun = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._store.port),
-            "TORCHELASTIC_RUN_ID": "ranks",
-            "TORCHELASTIC_RESTART_COUNT": str(self._num_cases),  # tells the keys of two cases apart in the store
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        return _environ((torchrun if world_size > 1 else {}) | dict(changes))
-
     def _start_workers(self) -> None:
         if not self._store:
-            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            self._store = _new_store()
             self._directory = tempfile.mkdtemp(prefix="ranks-")
             atexit.register(self.close)
         for index, worker in list(self._workers.items()):
-            if not worker.process.is_alive():
+            if worker.has_died():
                 worker.kill()
                 del self._workers[index]
         new = [index for index in range(max(WORLD_SIZES)) if index not in self._workers]
@@ -369,6 +365,25 @@ def _changed_environ(**variables: str) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def _new_store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _torchrun(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "ranks",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def _environ(changes: Mapping[str, str | None]) -> dict[str, str]:

@@ -68,9 +68,7 @@ def test_parses_beside_all_that_a_trl_script_parses(tmp_path: Path) -> None:
     assert config.ep_size == "auto"
 
 
-@pytest.mark.parametrize(
-    ("value", "parsed"), [("auto", "auto"), (None, "auto"), (1, 1), (8, 8), ("8", 8)], ids=repr
-)
+@pytest.mark.parametrize(("value", "parsed"), [("auto", "auto"), (None, "auto"), (1, 1), (8, 8), ("8", 8)], ids=repr)
 def test_ep_size(value: Any, parsed: Any) -> None:
     assert MoEAccelConfig(ep_size=value).ep_size == parsed
 

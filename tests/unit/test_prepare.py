@@ -19,6 +19,7 @@ from hf_moe_accel.experts.eager import EagerBackend
 from hf_moe_accel.experts.grouped_mm import GroupedMMBackend
 from hf_moe_accel.hf.discover import find_experts
 from hf_moe_accel.hf.install import NAME
+from hf_moe_accel.log import warn_once
 from hf_moe_accel.prepare import Setup, choose_setup
 from hf_moe_accel.runtime import runtime_of
 from tests.helpers.models import MOE, ragged_batch_dataset, tiny_config, tiny_model
@@ -95,6 +96,7 @@ def test_report(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_dense_model_comes_back_as_it_was_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
     model = tiny_model("llama")
     with caplog.at_level(logging.WARNING, logger="hf_moe_accel"):
         assert prepare_moe_model(model) is model
