@@ -100,6 +100,10 @@ def _summary(history: History, check: ReloadCheck, files: OutputFiles, seconds: 
     minutes, rest = divmod(round(seconds), 60)
     (first_step, first_loss), (last_step, last_loss) = history.train_loss[0], history.train_loss[-1]
     keys = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in check.wrong_keys.items())
+    agreement = (
+        f"logits differ by at most {check.difference:.1e} at {check.share:.0%} of the positions "
+        f"(limit {check.tolerance:.0e})"
+    )
     return f"""
 {history.model}
   time       {minutes} min {rest:02d} s in all, {history.train_seconds:.0f} s in {history.num_steps} training steps
@@ -107,7 +111,7 @@ def _summary(history: History, check: ReloadCheck, files: OutputFiles, seconds: 
   loss       {first_loss:.2f} at step {first_step}, {last_loss:.2f} at step {last_step}
   held out   {history.held_out_loss[0][1]:.2f} before, {history.held_out_loss[-1][1]:.2f} after
   reload     by plain transformers: {"ok" if check.passed else "FAILED"}
-             largest difference of a logit {check.max_difference:.1e} (limit {check.tolerance:.0e})
+             {agreement}
              {keys or "no missing, unexpected or mismatched key"}
   files      {files.checkpoint}{os.sep}
              {files.picture}

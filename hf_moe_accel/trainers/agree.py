@@ -25,14 +25,16 @@ class AgreeingLoader:
     """A data loader that ends on all ranks when it ends on one. All ranks must iterate.
 
     Args:
-        loader: any data loader; everything but iteration is its own.
+        loader: any data loader; everything but iteration and length is its own.
         device: of the process group's collectives.
+        length: in batches, where the ranks have agreed on one; None means the loader's own.
     """
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
+    def __init__(self, loader: Any, device: torch.device, length: int | None = None) -> None:
         """Wrap; read nothing."""
         self._loader = loader
         self._device = device
+        self._length = length
 
     def __iter__(self) -> Iterator[Any]:
         """Batches, as long as every rank has one."""
@@ -44,8 +46,8 @@ class AgreeingLoader:
             yield batch
 
     def __len__(self) -> int:
-        """Of the loader, where it has one."""
-        return len(self._loader)
+        """In batches, where there is a length."""
+        return len(self._loader) if self._length is None else self._length
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

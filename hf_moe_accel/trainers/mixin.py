@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from hf_moe_accel.auto import AutoModelForCausalLM
 from hf_moe_accel.config import MoEAccelConfig
@@ -123,6 +124,12 @@ class AcceleratedMoEMixin(_Base):
         finally:
             self._close()
 
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """As in the trainer; an epoch is as long as on the rank that has the fewest batches. All ranks must call."""
+        if self._is_distributed and has_length(dataloader):
+            dataloader = AgreeingLoader(dataloader, args.device, agreed_count(len(dataloader), args.device))
+        return super().set_initial_training_values(args, dataloader)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """The micro-batches of a step; with data of unknown length as many as every rank has."""
         if not self._ranks_must_agree(self.train_dataset):
@@ -143,8 +150,12 @@ class AcceleratedMoEMixin(_Base):
         return AgreeingLoader(loader, self.args.device) if self._ranks_must_agree(loader.dataset) else loader
 
     def _ranks_must_agree(self, dataset: Any) -> bool:
+        return self._is_distributed and isinstance(dataset, IterableDataset)
+
+    @property
+    def _is_distributed(self) -> bool:
         runtime = self._moe_runtime
-        return runtime is not None and runtime.topology.world_size > 1 and isinstance(dataset, IterableDataset)
+        return runtime is not None and runtime.topology.world_size > 1
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint of a mixture-of-experts model holds the model and the trainer's state."""

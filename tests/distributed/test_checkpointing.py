@@ -39,7 +39,8 @@ def gradients(checkpointing: dict[str, Any] | None, when: str = "after", passes:
     exchange = AllToAllDispatcher._exchange
     AllToAllDispatcher._exchange = lambda *args: sent.append(1) or exchange(*args)  # type: ignore[method-assign]
     try:
-        ids = torch.randint(3, 128, (2, 16 + dist.get_rank()), generator=torch.Generator().manual_seed(dist.get_rank()))
+        rank = dist.get_rank()
+        ids = torch.randint(3, 128, (2, 16 + rank), generator=torch.Generator().manual_seed(rank))
         for _ in range(passes):
             loss = model(input_ids=ids, labels=ids).loss
             forward = len(sent)
@@ -52,7 +53,9 @@ def gradients(checkpointing: dict[str, Any] | None, when: str = "after", passes:
         "forward": forward,
         "sent": len(sent),
         "choices": int(stats.sum()),
-        "grads": {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in model.named_parameters()},
+        "grads": {
+            n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in model.named_parameters()
+        },
     }
 
 

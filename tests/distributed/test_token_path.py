@@ -156,6 +156,35 @@ def assert_trained(result: dict[str, Any], weights: ExpertWeights, trained: str)
         assert (result[f"d {name}"] is not None) == need, name
 
 
+GRADIENT_LAYOUTS = {
+    "expanded": lambda num, size: torch.tensor(0.3).expand(num, size),
+    "transposed": lambda num, size: draw((size, num), torch.float32, 1).t(),
+    "strided": lambda num, size: draw((num, 2 * size), torch.float32, 1)[:, ::2],
+}
+
+
+def path_with_layout(layout: str, backend: str) -> None:
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    spec = make_spec(NUM_EXPERTS, **KINDS["gated"])
+    local = slice(rank * NUM_EXPERTS // world_size, (rank + 1) * NUM_EXPERTS // world_size)
+    mine = ExpertWeights.of(None if w is None else w[local] for w in make_weights(spec))
+    inputs = make_batch("uneven", world_size, NUM_EXPERTS, TOP_K, HIDDEN)[rank]
+    grad = GRADIENT_LAYOUTS[layout](*inputs[0].shape)
+    assert not grad.is_contiguous()
+    with closing(make_runtime(backend, dist.group.WORLD if world_size > 1 else None)) as runtime:
+        actual, expected = (
+            run_path(spec, leaves_of(mine, "all"), runtime, inputs, g) for g in (grad, grad.contiguous())
+        )
+    assert_equal_where_present(actual, expected)
+
+
+@pytest.mark.parametrize("layout", list(GRADIENT_LAYOUTS))
+@pytest.mark.parametrize("backend", list(EXPERT_BACKENDS))
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_of_any_layout(world_size: int, backend: str, layout: str) -> None:
+    run_ranks(path_with_layout, world_size, layout, backend)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # With FSDP2 around it
 
@@ -300,24 +329,6 @@ def simple_call(kind: str = "gated", dtype: torch.dtype = torch.float32, trained
     spec = make_spec(NUM_EXPERTS, **KINDS[kind])
     ((x, ids, routing),) = make_batch("uneven", 1, NUM_EXPERTS, TOP_K, HIDDEN)
     return spec, leaves_of(make_weights(spec, dtype), trained), (x.to(dtype), ids, routing)
-
-
-@pytest.mark.parametrize("layout", ["expanded", "transposed", "strided"])
-@pytest.mark.parametrize("backend", list(EXPERT_BACKENDS))
-def test_gradients_of_any_layout(backend: str, layout: str) -> None:
-    num_tokens, size = 7, HIDDEN
-    grad = {
-        "expanded": torch.tensor(0.3).expand(num_tokens, size),
-        "transposed": draw((size, num_tokens), torch.float32, 1).t(),
-        "strided": draw((num_tokens, 2 * size), torch.float32, 1)[:, ::2],
-    }[layout]
-    assert not grad.is_contiguous()
-    spec, weights, inputs = simple_call()
-    assert inputs[0].shape == grad.shape
-    actual = run_path(spec, weights, make_runtime(backend), inputs, grad)
-    spec, weights, inputs = simple_call()
-    expected = run_path(spec, weights, make_runtime(backend), inputs, grad.contiguous())
-    assert_equal_where_present(actual, expected)
 
 
 @pytest.mark.parametrize("needs", ["x", "routing", "nothing"])

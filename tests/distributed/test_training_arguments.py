@@ -386,12 +386,12 @@ def test_dataloader_workers(tmp_path: Path) -> None:
     compare(tmp_path, arguments=arguments)
 
 
-@row("`IterableDataset`", note="With `max_steps`, equal to one process. Ranks whose data end early stop all ranks.")
+@row("`IterableDataset`", note="With `max_steps`, as DDP on as many ranks. Where the data of one rank end, all ranks stop.")
 @pytest.mark.parametrize("dispatch_batches", [None, True, False])
 def test_iterable_dataset(dispatch_batches: bool | None, tmp_path: Path) -> None:
     options = {"train_dataset": Stream(ragged_batch_dataset(28, LENGTH)), "eval_dataset": Stream(VARIED["train_dataset"])}
     arguments = {"accelerator_config": {"dispatch_batches": dispatch_batches}, "max_steps": 5}
-    compare(tmp_path, arguments=arguments, options=options | {"data_collator": pad})
+    compare(tmp_path, reference_ranks=2, arguments=arguments, options=options | {"data_collator": pad})
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -457,8 +457,269 @@ def test_remove_unused_columns(tmp_path: Path) -> None:
 @row("include_num_input_tokens_seen", note="Counts the tokens of all ranks.")
 @pytest.mark.parametrize("kind", ["all", "non_padding"])
 def test_num_input_tokens_seen(kind: str, tmp_path: Path) -> None:
-    # Padded to one length, as the tokens of padding count too.
-    rows = [{key: value[0] for key, value in pad([entry, VARIED["train_dataset"][5]]).items()} for entry in []]
+    # As DDP on as many ranks, whose batches are padded to the same lengths.
     arguments = {"include_num_input_tokens_seen": kind}
-    ours, _ = compare(tmp_path, arguments=arguments, options={"processing_class": toy_tokenizer()} if rows else {})
-    assert ours[0].log[0]["num_input_tokens_seen"] == GLOBAL_BATCH * LENGTH
+    ours, _ = compare(tmp_path, reference_ranks=2, arguments=arguments, options=VARIED)
+    seen = [entry["num_input_tokens_seen"] for entry in ours[0].log]
+    lengths = [len(entry["input_ids"]) for entry in VARIED["train_dataset"][:GLOBAL_BATCH]]
+    assert (seen[0] == sum(lengths)) == (kind == "non_padding")
+
+
+# Evaluation. ----------------------------------------------------------------------------------------------------------
+
+
+@row(
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "per_device_eval_batch_size",
+    note="Equal to one process.",
+)
+def test_evaluation_loss(tmp_path: Path) -> None:
+    arguments = {"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 2, "eval_on_start": True}
+    ours, _ = compare(tmp_path, arguments=arguments)
+    assert [entry["step"] for entry in ours[0].log if "eval_loss" in entry] == [0, 2, 3]
+
+
+def all_shares(prediction: Any) -> dict[str, float]:
+    losses = prediction.losses
+    return shares(prediction) | {"inputs": float(prediction.inputs.sum()), "mean_loss": float(np.mean(losses))}
+
+
+@row(
+    "eval_accumulation_steps",
+    "eval_use_gather_object",
+    "include_for_metrics",
+    "prediction_loss_only",
+    note="Equal to one process.",
+)
+@row("`Trainer(compute_metrics=)`", note="Gets the predictions of all ranks; rank 0's numbers count on all of them.")
+def test_compute_metrics(tmp_path: Path) -> None:
+    # Seven rows: one of the last batch is there twice, to make it even, and must not be counted.
+    options = {"compute_metrics": all_shares, "eval_dataset": ragged_batch_dataset(7, LENGTH)}
+    arguments: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 3, "include_for_metrics": ["inputs", "loss"]}
+    ours, _ = compare(tmp_path / "plain", arguments=arguments, options=options)
+    assert "eval_accuracy" in ours[0].log[-2]
+    more = {"eval_accumulation_steps": 1, "eval_use_gather_object": True}
+    compare(tmp_path / "accumulated", arguments=arguments | more, options=options)
+    compare(tmp_path / "loss only", arguments=arguments | {"prediction_loss_only": True}, options=options)
+
+
+def best_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
+
+
+def token_accuracy(prediction: Any) -> dict[str, float]:
+    labels = prediction.label_ids[:, 1:]
+    return {"accuracy": float((prediction.predictions[:, :-1] == labels)[labels != -100].mean())}
+
+
+@row("`Trainer(preprocess_logits_for_metrics=)`", note="Equal to one process.")
+def test_preprocess_logits_for_metrics(tmp_path: Path) -> None:
+    options = {"compute_metrics": token_accuracy, "preprocess_logits_for_metrics": best_tokens}
+    compare(tmp_path, arguments={"eval_strategy": "steps", "eval_steps": 3}, options=options)
+
+
+class BatchAccuracy:
+    """Adds up over the batches of an evaluation."""
+
+    def __init__(self) -> None:
+        self.hits = self.all = 0
+
+    def __call__(self, prediction: Any, compute_result: bool) -> dict[str, float]:
+        labels = prediction.label_ids[:, 1:]
+        hits = (prediction.predictions[:, :-1].argmax(-1) == labels)[labels != -100]
+        self.hits, self.all = self.hits + int(hits.sum()), self.all + hits.numel()
+        return {"accuracy": self.hits / self.all, "tokens": self.all} if compute_result else {}
+
+
+@row("batch_eval_metrics", note="Equal to one process.")
+def test_batch_eval_metrics(tmp_path: Path) -> None:
+    arguments = {"eval_strategy": "steps", "eval_steps": 3, "batch_eval_metrics": True}
+    ours, _ = compare(tmp_path, arguments=arguments, options={"compute_metrics": BatchAccuracy()})
+    assert ours[0].log[-2]["eval_tokens"] > 0
+
+
+def predictions(trainer: Trainer) -> dict[str, Any]:
+    out = trainer.predict(ragged_batch_dataset(7, LENGTH, seed=17))
+    return {"predictions": out.predictions, "labels": out.label_ids, "loss": out.metrics["test_loss"]}
+
+
+@row("eval_do_concat_batches", note="Equal to one process.")
+@row("`predict()`", note="Equal to one process.")
+def test_predict(tmp_path: Path) -> None:
+    ours, expected = compare(tmp_path, after=predictions)
+    for rank in ours:
+        assert_close(to_tensors(rank.extra), to_tensors(expected.extra), "training")
+    ours, expected = compare(tmp_path, after=predictions, arguments={"eval_do_concat_batches": False})
+    for rank in ours:
+        assert_close(to_tensors(rank.extra), to_tensors(expected.extra), "training")
+
+
+def to_tensors(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: to_tensors(value) for key, value in values.items()}
+    return [torch.as_tensor(value) for value in values] if isinstance(values, list) else torch.as_tensor(values)
+
+
+def of_rank_zero_only(prediction: Any) -> dict[str, float]:
+    """A metric that other ranks compute differently, as when it samples, and that gets worse from step 2 on."""
+    of_rank_zero_only.calls += 1
+    worse = os.environ.get("RANK", "0") == "0" and of_rank_zero_only.calls > 2
+    return {"score": of_rank_zero_only.calls * (-1.0 if worse else 1.0)}
+
+
+def run_early_stopping(trainer_class: type[Trainer], output_dir: str) -> dict[str, Any]:
+    of_rank_zero_only.calls = 0
+    trainer = make_trainer(
+        trainer_class,
+        output_dir,
+        arguments={
+            "max_steps": 6,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "score",
+            "greater_is_better": True,
+        },
+        options={"compute_metrics": of_rank_zero_only, "callbacks": [EarlyStoppingCallback(2)]},
+    )
+    trainer.train()
+    log, best, weights = log_of(trainer), trainer.state.best_model_checkpoint, whole_weights(trainer.model)
+    # Whether the optimizer of a new run reaches the weights that were read back.
+    trainer.remove_callback(EarlyStoppingCallback)
+    trainer.args.load_best_model_at_end, trainer.args.eval_strategy, trainer.args.save_strategy = False, "no", "no"
+    trainer.optimizer = None
+    trainer.train()
+    return {"log": log, "best": Path(best).name, "weights": weights, "then": whole_weights(trainer.model)}
+
+
+@row(
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    note="With `EarlyStoppingCallback` all ranks take rank 0's decision. The best weights are read back into the "
+    "live, sharded model.",
+)
+def test_early_stopping_with_load_best(tmp_path: Path) -> None:
+    (expected,) = run_ranks(run_early_stopping, 1, Trainer, str(tmp_path / "plain"))
+    ours = run_ranks(run_early_stopping, 2, AcceleratedMoETrainer, str(tmp_path / "ours"), init=False)
+    for rank in ours:
+        assert rank["best"] == "checkpoint-2"
+        assert len([entry for entry in rank["log"] if "loss" in entry]) == 4
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-2")
+    assert_close(ours[0]["weights"], whole_weights(saved), "exact")
+    # Plain Trainer reads nothing back into the experts, whose keys differ on disk: only ours can be checked against it.
+    del expected["weights"], expected["then"]
+    for rank in ours:
+        assert_close(rank["log"], expected["log"], "training")
+        assert all(torch.isfinite(value).all() for value in rank["then"].values())
+        assert not any(torch.equal(rank["then"][name], value) for name, value in rank["weights"].items())
+
+
+# Saving. --------------------------------------------------------------------------------------------------------------
+
+
+def files_below(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+def user_arguments(trainer: Trainer) -> Any:
+    return trainer.args.save_only_model
+
+
+@row(
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "save_only_model",
+    "save_on_each_node",
+    note="Checkpoints hold the model in standard files. Until runs can be resumed, the optimizer's state is not saved, "
+    "with one warning unless `save_only_model=True`.",
+)
+@pytest.mark.parametrize("save_only_model", [True, False])
+def test_saving(save_only_model: bool, tmp_path: Path) -> None:
+    arguments = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "save_only_model": save_only_model,
+    }
+    case: dict[str, Any] = {"arguments": arguments, "after": user_arguments}
+    (expected,) = run_ranks(run, 1, Trainer, str(tmp_path / "plain"), **case)
+    ours = run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path / "ours"), **case, init=False, capture=True)
+    for rank, (result, output) in enumerate(ours):
+        assert result.extra is save_only_model
+        assert output.count("checkpoints hold the model only") == (rank == 0 and not save_only_model)
+        assert_close(result.log, expected.log, "training")
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    saved, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-3", output_loading_info=True)
+    assert not any(info.values()), info
+    assert_close(whole_weights(saved), expected.weights, "training")
+    state = json.loads((tmp_path / "ours" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+
+
+class Hub:
+    """Stands in for the client of the hub: keeps what is uploaded, as it is at that moment."""
+
+    def __init__(self) -> None:
+        self.uploads: list[tuple[str, str, Any]] = []
+
+    def create_repo(self, name: str, **kwargs: Any) -> Any:
+        return mock.Mock(repo_id=f"me/{name}")
+
+    def upload_folder(
+        self, *, folder_path: str, commit_message: str, path_in_repo: str = "", run_as_future: bool = False, **_: Any
+    ) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder_path)
+        kept = {"README.md", "trainer_state.json", "training_args.bin", "config.json", "tokenizer.json"}
+        names = sorted(kept & set(os.listdir(folder_path)))
+        self.uploads.append((commit_message, path_in_repo, (names, whole_weights(model))))
+        future: Future[str] = Future()
+        future.set_result("uploaded")
+        return future if run_as_future else "uploaded"
+
+
+def run_and_push(trainer_class: type[Trainer], output_dir: str, strategy: str) -> list[Any]:
+    hub = Hub()
+    arguments = {
+        "push_to_hub": True,
+        "hub_strategy": strategy,
+        "hub_always_push": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+    }
+    with mock.patch("transformers.trainer.hf_api", lambda: hub):
+        options = {"processing_class": toy_tokenizer()}
+        trainer = make_trainer(trainer_class, output_dir, arguments=arguments, options=options)
+        trainer.train()
+        trainer.push_to_hub()
+    return hub.uploads
+
+
+@row(
+    "push_to_hub",
+    "hub_strategy",
+    "hub_always_push",
+    "hub_model_id",
+    "hub_revision",
+    "hub_private_repo",
+    "hub_token",
+    note="Rank 0 uploads what one process uploads: a standard model.",
+)
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_push_to_hub(strategy: str, tmp_path: Path) -> None:
+    (expected,) = run_ranks(run_and_push, 1, Trainer, str(tmp_path / "plain" / "name"), strategy)
+    first, second = run_ranks(
+        run_and_push, 2, AcceleratedMoETrainer, str(tmp_path / "ours" / "name"), strategy, init=False
+    )
+    assert not second
+    assert [upload[:2] for upload in first] == [upload[:2] for upload in expected]
+    for (*_, (names, weights)), (*_, (expected_names, expected_weights)) in zip(first, expected, strict=True):
+        assert names == expected_names
+        assert_close(weights, expected_weights, "training")
