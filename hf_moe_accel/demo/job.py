@@ -202,30 +202,8 @@ def train(options: DemoOptions) -> None:
     on_gpu = torch.cuda.is_available()
     preset = GPU_PRESET if on_gpu else CPU_PRESET
     num_steps = options.steps or preset.num_steps
-    points_every = math.ceil(num_steps / NUM_POINTS)
     files = OutputFiles(Path(options.output_dir))
-    args = TrainingArguments(
-        output_dir=options.output_dir,
-        max_steps=num_steps,
-        learning_rate=preset.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=num_steps // 5,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        train_sampling_strategy="sequential",  # order_examples has chosen the order
-        logging_steps=points_every,
-        eval_strategy="steps",
-        eval_steps=math.ceil(num_steps / NUM_EVALUATIONS),
-        eval_on_start=True,
-        save_strategy="no",
-        include_num_input_tokens_seen="non_padding",
-        report_to="none",
-        disable_tqdm=True,  # Progress replaces it
-        seed=options.seed,
-        use_cpu=not on_gpu,
-    )
-    args.per_device_train_batch_size = max(1, preset.batch_size // args.world_size)
-    args.per_device_eval_batch_size = args.per_device_train_batch_size
+    args = _training_arguments(options, preset, num_steps, use_cpu=not on_gpu)
 
     tokenizer, train_pairs, held_out_pairs = _prepare_data(preset.vocab_size, is_main=args.process_index == 0)
     train_examples = data.encode_pairs(train_pairs, tokenizer, MAX_LENGTH)
@@ -249,14 +227,12 @@ def train(options: DemoOptions) -> None:
     )
     runtime = runtime_of(trainer.model)
     assert runtime is not None, "the trainer prepares a mixture-of-experts model"
-    recorder = LoadRecorder(runtime.stats, points_every)
+    recorder = LoadRecorder(runtime.stats, args.logging_steps)
     progress = Progress(math.ceil(num_steps / NUM_PRINTED))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(recorder)
     trainer.add_callback(progress)
     trainer.train()
-    if num_steps % args.eval_steps:
-        trainer.evaluate()
 
     expert_load = recorder.sum_over_ranks(args.device)
     reference = _reference_logits(trainer, held_out_examples[-NUM_REFERENCE_SEQUENCES:])
@@ -280,6 +256,32 @@ def train(options: DemoOptions) -> None:
         ).save(files.history)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _training_arguments(options: DemoOptions, preset: Preset, num_steps: int, use_cpu: bool) -> TrainingArguments:
+    args = TrainingArguments(
+        output_dir=options.output_dir,
+        max_steps=num_steps,
+        learning_rate=preset.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=num_steps // 5,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        train_sampling_strategy="sequential",  # order_examples has chosen the order
+        logging_steps=math.ceil(num_steps / NUM_POINTS),
+        eval_strategy="steps",
+        eval_steps=math.ceil(num_steps / NUM_EVALUATIONS),
+        eval_on_start=True,
+        save_strategy="no",
+        include_num_input_tokens_seen="non_padding",
+        report_to="none",
+        disable_tqdm=True,  # Progress replaces it
+        seed=options.seed,
+        use_cpu=use_cpu,
+    )
+    args.per_device_train_batch_size = max(1, preset.batch_size // args.world_size)
+    args.per_device_eval_batch_size = args.per_device_train_batch_size
+    return args
 
 
 def _prepare_data(vocab_size: int, is_main: bool) -> tuple[PreTrainedTokenizerFast, list[data.Pair], list[data.Pair]]:
