@@ -49,8 +49,9 @@ class MoEAccelConfig:
     collective_timeout: float = field(
         default=600.0,
         metadata={
-            "help": "Seconds that a rank may wait in an exchange of tokens before every rank prints who is where and "
-            "the job ends. Raise it when single steps take minutes."
+            "help": "Seconds that a rank may come no further in a forward or backward pass, from one exchange of "
+            "tokens to the next, before every rank prints who is where and the job ends. Raise it when a layer takes "
+            "minutes."
         },
     )
 

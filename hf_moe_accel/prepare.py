@@ -103,10 +103,13 @@ def prepare_moe_model(model: Any, config: MoEAccelConfig | None = None, *, fsdp_
         config.collective_timeout,
     )
     bind(base, found, runtime)
+    runtime.follow(base)
     keep_exchanges_when_checkpointing(base)
     base.moe_runtime = runtime
     base.save_pretrained = MethodType(_save_pretrained, base)
     base._get_name = MethodType(_get_name, base)
+    if setup.topology.world_size > 1:
+        base.resize_token_embeddings = MethodType(_resize_token_embeddings, base)
     base.load_state_dict = MethodType(_load_state_dict, base)
     assert [name for name, _ in base.named_parameters()] == names, "preparing a model must not rename its parameters"
     say(report(base, found, setup))
@@ -302,6 +305,25 @@ def _is_sharded(model: nn.Module) -> bool:
 def _get_name(model: nn.Module) -> str:
     """The name of the model's class before `fully_shard` renamed it: Trainer tells what a model is for by it."""
     return type(model).__name__.removeprefix("FSDP")
+
+
+def _resize_token_embeddings(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **_: Any
+) -> Any:
+    """`resize_token_embeddings` of a sharded model: only for the size that it has.
+
+    Raises:
+        ValueError: another size.
+    """
+    embeddings = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
+    if new_num_tokens not in (None, size) or size % (pad_to_multiple_of or 1):
+        raise ValueError(
+            f"resize_token_embeddings({new_num_tokens}) cannot change the {size} embeddings of a model that is "
+            "sharded already: resize the model before the trainer or prepare_moe_model gets it. A model that is loaded "
+            "sharded has to be loaded with transformers, resized and saved once before."
+        )
+    return embeddings
 
 
 def _save_pretrained(

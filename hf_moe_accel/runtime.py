@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from hf_moe_accel.moe.stats import RoutingStats
 from hf_moe_accel.moe.watchdog import Watchdog
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from hf_moe_accel.dispatch.base import TokenDispatcher
     from hf_moe_accel.experts.base import ExpertBackend
     from hf_moe_accel.topology import ExpertTopology
-
-_numbers = itertools.count()
 
 
 class MoERuntime:
@@ -32,7 +32,7 @@ class MoERuntime:
         dispatcher: station 1.
         backend: station 2.
         num_experts: experts of each MoE layer, in order; layers may differ.
-        collective_timeout: seconds that one wait may take.
+        collective_timeout: seconds that a rank may come no further within a forward or backward pass.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class MoERuntime:
         self.num_experts = num_experts
         self.collective_timeout = collective_timeout
         self.stats = RoutingStats(len(num_experts), max(num_experts))
-        # Models are prepared in the same order on all ranks, so equal numbers mean the same model.
-        self._number = next(_numbers)
         self._passes = 0
+        self._name = _name_of_a_model() if topology.ep_size > 1 else ""
+        self._in_backward = False
         self._watchdog: Watchdog | None = None
 
     def step_of(self, layer: int, *, again: bool) -> int:
@@ -65,18 +65,52 @@ class MoERuntime:
         """Mark a wait for other ranks, for the watchdog."""
         if self.topology.ep_size == 1:
             return nullcontext()
-        if self._watchdog is None:
-            store = dist.distributed_c10d._get_default_store()
-            self._watchdog = Watchdog(
-                store, dist.get_rank(), dist.get_world_size(), self.collective_timeout, f"model{self._number}"
-            )
-        return self._watchdog.waiting(step, layer, direction)
+        return self._open().waiting(step, layer, direction)
+
+    def follow(self, model: nn.Module) -> None:
+        """Let the watchdog know when a pass of the model begins and ends: FSDP2 waits for other ranks as well."""
+        if self.topology.ep_size > 1:
+            # Ahead of the hooks of FSDP2, which gather weights.
+            model.register_forward_pre_hook(torch.compiler.disable(self._enter_forward), prepend=True)
+            model.register_forward_hook(torch.compiler.disable(self._leave_forward), prepend=True, always_call=True)
 
     def close(self) -> None:
         """Stop the watchdog. The next forward pass opens again. Not a collective."""
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
+
+    def _open(self) -> Watchdog:
+        if self._watchdog is None:
+            store = dist.distributed_c10d._get_default_store()
+            self._watchdog = Watchdog(
+                store, dist.get_rank(), dist.get_world_size(), self.collective_timeout, self._name
+            )
+        return self._watchdog
+
+    def _enter_forward(self, *_: Any) -> None:
+        self._in_backward = False
+        self._open().enter(f"the beginning of step {self._passes + 1}, forward")
+
+    def _leave_forward(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+        self._open().leave()
+        if torch.is_grad_enabled():
+            for output in tree_leaves(outputs):
+                if isinstance(output, Tensor) and output.requires_grad:
+                    output.register_hook(self._enter_backward)
+
+    def _enter_backward(self, _: Tensor) -> None:
+        if self._in_backward:
+            return
+        self._in_backward = True
+        self._open().enter(f"the beginning of step {self._passes}, backward")
+        # A callback of a callback comes last: after FSDP2's, which waits for the reduction of gradients.
+        call_at_the_end = torch.autograd.Variable._execution_engine.queue_callback
+        call_at_the_end(lambda: call_at_the_end(self._leave_backward))
+
+    def _leave_backward(self) -> None:
+        self._in_backward = False
+        self._open().leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoERuntime:
         """A runtime of its own for a copied model.
@@ -102,3 +136,9 @@ def runtime_of(model: nn.Module) -> MoERuntime | None:
             assert isinstance(found, MoERuntime)
             return found
     return None
+
+
+def _name_of_a_model() -> str:
+    """Models are prepared in the same order on all ranks, so that equal numbers mean the same model."""
+    store = dist.distributed_c10d._get_default_store()
+    return f"model{store.add(f'hf_moe_accel/models/{dist.get_rank()}', 1)}"

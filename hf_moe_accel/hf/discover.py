@@ -65,16 +65,16 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     """
     found = []
     for name, module in model.named_modules():
-        if not all(hasattr(module, flag) for flag in _FLAGS):
+        if "down_proj" not in module._parameters or not all(hasattr(module, flag) for flag in _FLAGS):
             continue
-        if "down_proj" in module._parameters:
-            found.append(_describe(name, module))
-        elif hasattr(module, "base_layer"):
+        if name.endswith(".base_layer"):
             raise ValueError(
-                f"PEFT has put an adapter on the experts {name!r} ({type(module).__name__}), which expert parallelism "
-                "would feed wrongly. Leave the experts out of `target_parameters` and `target_modules` (for example "
-                "target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']); LoRA on experts is not supported yet."
+                f"PEFT has put an adapter on the experts {name.replace('.base_layer', '')!r}, which expert "
+                "parallelism would feed wrongly. Leave the experts out of `target_parameters` and `target_modules` "
+                "(for example target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']); LoRA on experts is not "
+                "supported yet."
             )
+        found.append(_describe(name, module))
     return found
 
 

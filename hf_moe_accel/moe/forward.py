@@ -100,15 +100,18 @@ class _TokenPath(torch.autograd.Function):
     ) -> Tensor:
         dispatcher, backend = runtime.dispatcher, runtime.backend
         weights = _cast(parameters, dtype)
-        region = current_region() if dispatcher.moves_rows else None
+        region = current_region()
+        again = region is not None and region.recomputes
+        if not dispatcher.moves_rows:
+            region = None
         kept = None if region is None else region.replay(ids_TK)
-        step = runtime.step_of(layer, again=kept is not None)
+        step = runtime.step_of(layer, again=again)
         if kept is not None:
             plan, rows = kept.plan, kept.rows
             _, saved = backend.forward(spec, weights, rows)
             out_TD = kept.out_TD.clone()
         else:
-            if counts:
+            if counts and not again:
                 runtime.stats.add(layer, ids_TK)
             with runtime.waiting(step, layer, "forward, plan"):
                 plan = dispatcher.plan(ids_TK, spec.num_experts)

@@ -33,9 +33,14 @@ class Region:
         self._kept: list[Exchange] = []
         self._next: int | None = None
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether this pass over the region is the recompute."""
+        return self._next is not None
+
     def keep(self, exchange: Exchange) -> None:
         """Record, in the forward pass. Does nothing in the recompute."""
-        if self._next is None:
+        if not self.recomputes:
             self._kept.append(exchange)
 
     def replay(self, ids_TK: Tensor) -> Exchange | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
+
+from transformers.training_args import DebugOption, OptimizerNames
 
 
 def refuse_arguments(args: Any) -> None:
-    """Refuse arguments that would break a mixture-of-experts run.
+    """Refuse arguments, and settings of `accelerate launch`, that would break a mixture-of-experts run.
 
     Args:
         args: `TrainingArguments`, or None for the defaults.
@@ -14,48 +18,100 @@ def refuse_arguments(args: Any) -> None:
     Raises:
         ValueError: names the argument, the reason and the line to delete.
     """
-    if args is None:
-        return
+    for setting, reason in _of_the_launcher():
+        raise ValueError(
+            f"accelerate's {setting} is switched on, but {reason}: take it out of the accelerate configuration "
+            "(`accelerate config`, or the options of `accelerate launch`), or start with torchrun."
+        )
+    for line, reason in _of_any_run(args) if args is not None else ():
+        raise ValueError(f"{line} is not supported for mixture-of-experts models: {reason}. Delete {line}.")
+    for line, reason in _of_several_ranks(args) if args is not None and args.world_size > 1 else ():
+        raise ValueError(f"{line} is not supported on several ranks: {reason}. Delete {line}.")
+
+
+_SHARDED = "the model is sharded by FSDP2 already, experts included"
+_LAYOUT = "the layout is chosen by MoEAccelConfig(ep_size=..., dp_replicate_size=...)"
+_NO_SCALER = "the gradient scaler of fp16 does not see the gradients of sharded experts; use bf16"
+
+
+def _of_the_launcher() -> Iterator[tuple[str, str]]:
+    for variable, setting, reason in (
+        ("ACCELERATE_USE_FSDP", "FSDP plugin", _SHARDED),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed plugin", _SHARDED),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM plugin", _SHARDED),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism_config", _LAYOUT),
+    ):
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            yield setting, reason
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "fp16":
+        yield "mixed_precision fp16", _NO_SCALER
+
+
+def _of_any_run(args: Any) -> Iterator[tuple[str, str]]:
     if args.auto_find_batch_size:
-        _refuse(
+        yield (
             "auto_find_batch_size=True",
             "one rank running out of memory would retry alone while the others wait for its tokens",
         )
     if args.fp16:
-        _refuse("fp16=True", "the gradient scaler does not see the gradients of sharded experts; use bf16=True")
+        yield "fp16=True", _NO_SCALER
     if args.fsdp:
-        _refuse(f"fsdp={args.fsdp!r}", "the model is sharded by FSDP2 already, experts included")
+        yield f"fsdp={args.fsdp!r}", _SHARDED
     if args.deepspeed:
-        _refuse("deepspeed=...", "the model is sharded by FSDP2 already, experts included")
+        yield f"deepspeed={args.deepspeed!r}", _SHARDED
     if args.parallelism_config is not None:
-        _refuse("parallelism_config=...", "the layout is chosen by MoEAccelConfig(ep_size=..., dp_replicate_size=...)")
-    optimizer = str(args.optim.value if hasattr(args.optim, "value") else args.optim)
-    reason = _optimizer_reason(optimizer)
-    if reason is not None:
-        _refuse(f"optim={optimizer!r}", reason)
+        yield "parallelism_config=...", _LAYOUT
+    if args.use_liger_kernel:
+        yield "use_liger_kernel=True", "it replaces the forward of the experts, and with it the exchange of tokens"
+    if args.enable_jit_checkpoint:
+        yield "enable_jit_checkpoint=True", "it saves checkpoints to resume from, and runs cannot be resumed yet"
 
 
-def refuse_plugins(accelerator: Any) -> None:
-    """Refuse accelerate's own sharding, which `accelerate launch` may have switched on.
-
-    Raises:
-        ValueError: names the plugin and where to switch it off.
-    """
-    for name, field in (("FSDP", "fsdp_plugin"), ("DeepSpeed", "deepspeed_plugin")):
-        if getattr(accelerator.state, field, None) is not None:
-            raise ValueError(
-                f"accelerate's {name} plugin is on, but the model is sharded by hf_moe_accel: take the {name} section "
-                "out of the accelerate configuration (`accelerate config`), or start with torchrun."
-            )
-
-
-def _refuse(argument: str, reason: str) -> None:
-    raise ValueError(f"{argument} is not supported for mixture-of-experts models: {reason}. Delete {argument}.")
-
-
-# Families of transformers' OptimizerNames that cannot step a sharded model, each with what was seen or read.
-_OPTIMIZERS: dict[str, str] = {}
+def _of_several_ranks(args: Any) -> Iterator[tuple[str, str]]:
+    if args.accelerator_config.even_batches is False:
+        yield (
+            "even_batches=False in accelerator_config",
+            "ranks would have batches of different number and size, which cannot be gathered in evaluation",
+        )
+    if args.save_on_each_node:
+        yield (
+            "save_on_each_node=True",
+            "each rank writes its part of a checkpoint into one directory, which all nodes have to share",
+        )
+    if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
+        yield "debug='underflow_overflow'", "it cannot print sharded weights"
+    if args.optim in OPTIMIZERS:
+        yield f"optim={args.optim.value!r}", OPTIMIZERS[args.optim]
 
 
-def _optimizer_reason(name: str) -> str | None:
-    return next((reason for part, reason in _OPTIMIZERS.items() if part in name), None)
+_NO_DTENSOR = "the kernels of bitsandbytes take no sharded parameters; 'adamw_torch_fused' shards its state instead"
+_NO_LAYERWISE = "transformers runs layer-wise optimizers in one process only"
+
+# What cannot step sharded parameters, or steps them differently than whole ones.
+OPTIMIZERS: dict[OptimizerNames, str] = {
+    OptimizerNames.ADAFACTOR: "its factored statistics are not sharded with the parameters",
+    OptimizerNames.GALORE_ADAFACTOR: "its factored statistics are not sharded with the parameters",
+    OptimizerNames.APOLLO_ADAMW: "its projections are not sharded with the parameters",
+    OptimizerNames.GROKADAMW: "it treats parameters by their place in a group, and groups follow the sharding",
+    OptimizerNames.ADALOMO: "its factored statistics are not sharded with the parameters",
+    OptimizerNames.GALORE_ADAMW_LAYERWISE: _NO_LAYERWISE,
+    OptimizerNames.GALORE_ADAMW_8BIT_LAYERWISE: _NO_LAYERWISE,
+    OptimizerNames.GALORE_ADAFACTOR_LAYERWISE: _NO_LAYERWISE,
+    OptimizerNames.APOLLO_ADAMW_LAYERWISE: _NO_LAYERWISE,
+    OptimizerNames.ADEMAMIX: _NO_DTENSOR,
+    OptimizerNames.ADAMW_BNB: _NO_DTENSOR,
+    OptimizerNames.ADAMW_8BIT: _NO_DTENSOR,
+    OptimizerNames.ADEMAMIX_8BIT: _NO_DTENSOR,
+    OptimizerNames.LION_8BIT: _NO_DTENSOR,
+    OptimizerNames.LION: _NO_DTENSOR,
+    OptimizerNames.PAGED_ADAMW: _NO_DTENSOR,
+    OptimizerNames.PAGED_ADAMW_8BIT: _NO_DTENSOR,
+    OptimizerNames.PAGED_ADEMAMIX: _NO_DTENSOR,
+    OptimizerNames.PAGED_ADEMAMIX_8BIT: _NO_DTENSOR,
+    OptimizerNames.PAGED_LION: _NO_DTENSOR,
+    OptimizerNames.PAGED_LION_8BIT: _NO_DTENSOR,
+    OptimizerNames.RMSPROP_BNB: _NO_DTENSOR,
+    OptimizerNames.RMSPROP_8BIT: _NO_DTENSOR,
+    OptimizerNames.RMSPROP_32BIT: _NO_DTENSOR,
+    OptimizerNames.GALORE_ADAMW_8BIT: _NO_DTENSOR,
+}

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
@@ -20,7 +22,8 @@ from hf_moe_accel.log import warn_once
 from hf_moe_accel.prepare import choose_setup, prepare_moe_model
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.trainers.agree import AgreeingLoader, agreed_count
-from hf_moe_accel.trainers.arguments import refuse_arguments, refuse_plugins
+from hf_moe_accel.trainers.arguments import refuse_arguments
+from hf_moe_accel.trainers.full_eval import cast_sharded, full_eval_dtype
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -52,16 +55,31 @@ class AcceleratedMoEMixin(_Base):
         model, training_args = bound.arguments.get("model"), bound.arguments.get("args")
         if isinstance(model, str | os.PathLike):
             bound.arguments["model"] = self._load(model, training_args)
+        elif isinstance(model, nn.Module) and find_experts(model):
+            refuse_arguments(training_args)
         self._user_save_only_model: bool | None = None
         try:
             super().__init__(*bound.args, **bound.kwargs)
         finally:
             if self._user_save_only_model is not None:
                 self.args.save_only_model = self._user_save_only_model
+        self._check_optimizer()
         if self._moe_runtime is not None and self.args.save_strategy != "no" and not self.args.save_only_model:
             warn_once(
                 "hf_moe_accel: checkpoints hold the model only: the optimizer state of a mixture-of-experts model is "
                 "not saved yet, and the run cannot be resumed. save_only_model=True says so and ends this warning."
+            )
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimizer that was made before sharding, which would train parameters that nothing reads."""
+        if self.optimizer is None or not self._is_distributed:
+            return
+        live = {id(parameter) for parameter in self.model.parameters()}
+        if any(id(p) not in live for group in self.optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "optimizers=(...) holds parameters that are no longer the model's, since sharding makes new ones: pass "
+                "optimizer_cls_and_kwargs=(class, {...}) instead, or load the model with "
+                "hf_moe_accel.AutoModelForCausalLM and give the optimizer parameter_groups(model)."
             )
 
     @property
@@ -77,9 +95,8 @@ class AcceleratedMoEMixin(_Base):
         if training_args is not None:
             # Accelerate makes the process group, with the arguments' backend and timeout, before transformers would.
             _ = training_args.device
-        mixed_precision = training_args is not None and training_args.bf16 and structure.dtype == torch.float32
         return AutoModelForCausalLM.from_pretrained(
-            source, moe_config=self.moe_config, fsdp_mixed_precision=mixed_precision
+            source, moe_config=self.moe_config, fsdp_mixed_precision=_keeps_masters(structure, training_args)
         )
 
     def _prepare_model(self, model: Any) -> Any:
@@ -88,9 +105,7 @@ class AcceleratedMoEMixin(_Base):
         if runtime_of(model) is None and choose_setup(base, find_experts(base), self.moe_config) is None:
             return model
         refuse_arguments(self.args)
-        refuse_plugins(self.accelerator)
-        masters = next(base.parameters()).dtype == torch.float32
-        prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=self.args.bf16 and masters)
+        prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=_keeps_masters(base, self.args))
         return model
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -98,9 +113,10 @@ class AcceleratedMoEMixin(_Base):
         super().create_accelerator_and_postprocess()
         if self.model is not None:
             self._prepare_model(self.model)
-        # Trainer.__init__ raises for sharded models that would save their optimizer; `__init__` puts the value back.
-        self._user_save_only_model = self.args.save_only_model
-        self.args.save_only_model = self.args.save_only_model or self.model is None or self._moe_runtime is not None
+        if self._user_save_only_model is None:
+            # Trainer.__init__ raises for sharded models that would save their optimizer; ours puts the value back.
+            self._user_save_only_model = self.args.save_only_model
+            self.args.save_only_model |= self.model is None or self._moe_runtime is not None
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A fresh model for a run or a trial, prepared; the one before gives back what it holds."""
@@ -121,6 +137,8 @@ class AcceleratedMoEMixin(_Base):
             )
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        except _TrialEnded:
+            return None
         finally:
             self._close()
 
@@ -145,6 +163,34 @@ class AcceleratedMoEMixin(_Base):
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As in the trainer; with data of unknown length it ends on all ranks together."""
         return self._agreeing(super().get_test_dataloader(test_dataset))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the trainer; rank 0's metrics count, so that all ranks stop, save and go on alike. All ranks must call."""
+        if not self._is_distributed:
+            return super().evaluation_loop(*args, **kwargs)
+        dtype = full_eval_dtype(self.args)
+        if dtype is not None and not self.is_in_train:
+            cast_sharded(self.model, dtype)
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                self._close()
+        return output._replace(metrics=broadcast_object_list([output.metrics])[0])
+
+    def _report_to_hp_search(self, trial: Any, step: int, metrics: dict[str, float]) -> None:
+        """As in the trainer; where rank 0's search ends a trial early, it ends on all ranks. All ranks must call."""
+        error: Exception | None = None
+        try:
+            super()._report_to_hp_search(trial, step, metrics)
+        except Exception as raised:
+            error = raised
+        if self._is_distributed and self.hp_search_backend is not None:
+            (ended,) = broadcast_object_list([error is not None])
+            if ended and error is None:
+                raise _TrialEnded
+        if error is not None:
+            raise error
 
     def _agreeing(self, loader: Any) -> Any:
         return AgreeingLoader(loader, self.args.device) if self._ranks_must_agree(loader.dataset) else loader
@@ -185,3 +231,13 @@ class AcceleratedMoEMixin(_Base):
         runtime = self._moe_runtime
         if runtime is not None:
             runtime.close()
+
+
+class _TrialEnded(Exception):
+    """Rank 0's hyperparameter search ended the running trial."""
+
+
+def _keeps_masters(model: Any, args: Any) -> bool:
+    """Whether fp32 weights train in bf16, be it asked for by the arguments or by `accelerate launch`."""
+    wanted = args is not None and args.mixed_precision == "bf16"
+    return wanted and next(model.parameters()).dtype == torch.float32

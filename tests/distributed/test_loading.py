@@ -13,11 +13,14 @@ import torch.distributed as dist
 import transformers.modeling_utils
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM as PlainAutoModel
 from transformers import Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from hf_moe_accel import AcceleratedMoETrainer, AutoModelForCausalLM, MoEAccelConfig, prepare_moe_model
+from hf_moe_accel.hf.install import NAME
 from hf_moe_accel.log import warn_once
 from hf_moe_accel.runtime import runtime_of
 from tests.helpers.loops import load_checkpoint, train_loop
@@ -283,3 +286,75 @@ def test_dense_model_is_loaded_as_transformers_does(ranks: Ranks, tmp_path: Path
     assert_close(values, model.state_dict(), "exact")
     assert not changed
     assert log.count("has no mixture-of-experts layers") == 1
+
+
+def refusals(directory: str) -> dict[str, str]:
+    def load(**sizes: Any) -> Any:
+        return PlainAutoModel.from_pretrained(directory, distributed_config=DistributedConfig(**sizes))
+
+    def wrapped_by_the_user() -> Any:
+        model = PlainAutoModel.from_pretrained(directory)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    messages = {}
+    for case, make, choices in (
+        ("stock expert parallelism", lambda: load(fsdp_size=2, ep_size=2), {}),
+        ("stock FSDP2", lambda: load(fsdp_size=2), {"ep_size": 1}),
+        ("their own fully_shard", wrapped_by_the_user, {}),
+        ("tensor parallelism", lambda: load(tp_size=2, ep_size=2), {}),
+        ("our slot, other sizes", lambda: load(fsdp_size=2, ep_size=2, ep_implementation=NAME), {"ep_size": 1}),
+    ):
+        model = make()
+        try:
+            prepare_moe_model(model, MoEAccelConfig(**choices))
+            messages[case] = ""
+        except ValueError as error:
+            messages[case] = str(error)
+        assert runtime_of(model) is None
+    ours = load(fsdp_size=2, ep_size=2, ep_implementation=NAME)
+    try:
+        loss_of(ours)
+    except RuntimeError as error:
+        messages["not bound"] = str(error)
+    prepare_moe_model(ours)
+    messages["loss"] = str(loss_of(ours))
+    return messages
+
+
+def test_models_that_somebody_else_has_sharded_are_refused(ranks: Ranks, tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe").eval()
+    model.save_pretrained(tmp_path)
+    for rank, messages in enumerate(ranks(refusals, 2, str(tmp_path))):
+        for case in ("stock expert parallelism", "stock FSDP2", "their own fully_shard", "our slot, other sizes"):
+            assert "already sharded by something else" in messages[case], case
+            assert "pass it unsharded, or load it with hf_moe_accel.AutoModelForCausalLM" in messages[case]
+        assert "loaded with tp_size=2: tp_size does not carry" in messages["tensor parallelism"]
+        assert "call hf_moe_accel.prepare_moe_model(model)" in messages["not bound"]
+        row = ragged_batch_dataset(rank + 1, 16, seed=1)[rank]
+        expected = float(model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss.detach())
+        assert_close(float(messages["loss"]), expected, "training")
+
+
+def layers_that_differ() -> Any:
+    mixed, small = tiny_model("qwen3_moe"), tiny_model("qwen3_moe", num_experts=6)
+    mixed.model.layers[1].mlp = small.model.layers[1].mlp
+    return mixed
+
+
+def loss_with_layers_that_differ() -> tuple[float, list[int]]:
+    model = prepare_moe_model(layers_that_differ())
+    loss = loss_of(model)
+    runtime = runtime_of(model)
+    assert runtime is not None
+    return loss, runtime.stats.drain().sum(1).tolist()
+
+
+def test_layers_with_different_numbers_of_experts(ranks: Ranks) -> None:
+    expected = layers_that_differ()
+    for rank, (loss, counts) in enumerate(ranks(loss_with_layers_that_differ, 2)):
+        row = ragged_batch_dataset(rank + 1, 16, seed=1)[rank]
+        wanted = float(expected(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss.detach())
+        assert_close(loss, wanted, "training")
+        assert counts == [16 * 2, 16 * 2]

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from hf_moe_accel.dispatch import DISPATCHERS
 from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.base import ExpertsSpec, ExpertWeights
 from hf_moe_accel.experts.eager import EagerBackend
 from hf_moe_accel.moe.forward import forward
+from hf_moe_accel.moe.replay import keep_exchanges
 from hf_moe_accel.runtime import MoERuntime
 from hf_moe_accel.topology import ExpertTopology
 from tests.helpers.grids import HIDDEN, KINDS, TOKENS, Case, grid, make_batch, make_spec, make_weights, needed_grads
@@ -399,6 +401,19 @@ def test_choices_are_counted_in_training_only() -> None:
         forward(spec, x, ids, routing, weights, runtime, 0)
     counts = torch.bincount(ids.reshape(-1), minlength=NUM_EXPERTS)
     assert runtime.stats.drain().tolist() == [[0] * NUM_EXPERTS, counts.tolist()]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recompute_is_not_counted(use_reentrant: bool) -> None:
+    spec, weights, (x, ids, routing) = simple_call()
+    runtime = make_runtime("eager")
+    context = {} if use_reentrant else {"context_fn": keep_exchanges}
+    x.requires_grad_()
+    for _ in range(2):
+        out = checkpoint(forward, spec, x, ids, routing, weights, runtime, 0, use_reentrant=use_reentrant, **context)
+        out.sum().backward()
+    counts = torch.bincount(ids.reshape(-1), minlength=NUM_EXPERTS)
+    assert runtime.stats.drain().tolist() == [(2 * counts).tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
@@ -32,7 +33,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig
+from hf_moe_accel import AcceleratedMoETrainer
+from hf_moe_accel import AutoModelForCausalLM as AcceleratedAutoModel
+from hf_moe_accel import parameter_groups
+from hf_moe_accel.runtime import runtime_of
 from tests.helpers.models import VOCAB_SIZE, ragged_batch_dataset, tiny_model, toy_tokenizer
 from tests.helpers.ranks import RanksError, run_ranks
 from tests.helpers.tolerances import assert_close
@@ -139,7 +143,7 @@ def qwen3_moe() -> PreTrainedModel:
 
 
 def log_of(trainer: Trainer) -> list[dict[str, Any]]:
-    times = re.compile("runtime|per_second|preparation_time")
+    times = re.compile("runtime|per_second|preparation_time|_mem_")
     return [{k: v for k, v in entry.items() if not times.search(k)} for entry in trainer.state.log_history]
 
 
@@ -148,6 +152,14 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
     }
+
+
+def compare_with_plain_arguments(tmp_path: Path, arguments: dict[str, Any], **case: Any) -> None:
+    """Asserts that our run with some arguments on two ranks equals the run of plain `Trainer` without them."""
+    (expected,) = run_ranks(run, 1, Trainer, str(tmp_path), **case)
+    for ours in run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path), **case, arguments=arguments, init=False):
+        assert_close(ours.log, expected.log, "training")
+        assert_close(ours.weights, expected.weights, "training")
 
 
 def compare(
@@ -229,9 +241,17 @@ class AddNaN:
 def test_compute_loss_func_and_nan_filter(tmp_path: Path) -> None:
     (ours, _), _ = compare(tmp_path, options={"compute_loss_func": AddNaN()})
     assert np.isfinite(ours.losses).all()
+    case: dict[str, Any] = {"options": {"compute_loss_func": AddNaN()}, "arguments": {"logging_nan_inf_filter": False}}
+    for ours in run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path), **case, init=False):
+        assert np.isnan(ours.losses).tolist() == [False, True, False]
 
 
 # Optimizer and schedule. ----------------------------------------------------------------------------------------------
+
+
+@row("optim", "optim_args", "optim_target_modules", note="See the optimizers below.")
+def test_optim_args(tmp_path: Path) -> None:
+    compare(tmp_path, arguments={"optim": "sgd", "optim_args": "momentum=0.9,nesterov=True", "learning_rate": 0.1})
 
 
 def weight_decays(trainer: Trainer) -> dict[str, float]:
@@ -336,6 +356,15 @@ def test_sampling(strategy: str, tmp_path: Path) -> None:
     compare(tmp_path, reference_ranks=2, arguments=arguments, options=VARIED)
 
 
+def test_sampling_by_a_column_of_lengths(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [entry | {"size": len(entry["input_ids"])} for entry in VARIED["train_dataset"]]
+    table = datasets.Dataset.from_list([{k: np.asarray(v) for k, v in entry.items()} for entry in rows])
+    arguments = {"train_sampling_strategy": "group_by_length", "length_column_name": "size"}
+    options = VARIED | {"train_dataset": table.with_format("torch")}
+    compare(tmp_path, reference_ranks=2, arguments=arguments, options=options)
+
+
 @row("dataloader_drop_last", note="As DDP on as many ranks.")
 def test_drop_last(tmp_path: Path) -> None:
     arguments = {"max_steps": -1, "num_train_epochs": 2}
@@ -371,7 +400,6 @@ def test_accelerator_config(config: dict[str, bool], tmp_path: Path) -> None:
     "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context",
     "dataloader_in_order",
-    "dataloader_pin_memory",
     note="Equal to one process.",
 )
 def test_dataloader_workers(tmp_path: Path) -> None:
@@ -381,7 +409,6 @@ def test_dataloader_workers(tmp_path: Path) -> None:
         "dataloader_prefetch_factor": 2,
         "dataloader_multiprocessing_context": "fork",
         "dataloader_in_order": True,
-        "dataloader_pin_memory": False,
     }
     compare(tmp_path, arguments=arguments)
 
@@ -489,21 +516,30 @@ def all_shares(prediction: Any) -> dict[str, float]:
 
 @row(
     "eval_accumulation_steps",
-    "eval_use_gather_object",
     "include_for_metrics",
     "prediction_loss_only",
-    note="Equal to one process.",
+    note="As DDP on as many ranks.",
 )
 @row("`Trainer(compute_metrics=)`", note="Gets the predictions of all ranks; rank 0's numbers count on all of them.")
 def test_compute_metrics(tmp_path: Path) -> None:
     # Seven rows: one of the last batch is there twice, to make it even, and must not be counted.
     options = {"compute_metrics": all_shares, "eval_dataset": ragged_batch_dataset(7, LENGTH)}
     arguments: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 3, "include_for_metrics": ["inputs", "loss"]}
-    ours, _ = compare(tmp_path / "plain", arguments=arguments, options=options)
+    case: dict[str, Any] = {"reference_ranks": 2, "options": options}
+    ours, _ = compare(tmp_path / "plain", **case, arguments=arguments)
     assert "eval_accuracy" in ours[0].log[-2]
-    more = {"eval_accumulation_steps": 1, "eval_use_gather_object": True}
-    compare(tmp_path / "accumulated", arguments=arguments | more, options=options)
-    compare(tmp_path / "loss only", arguments=arguments | {"prediction_loss_only": True}, options=options)
+    compare(tmp_path / "accumulated", **case, arguments=arguments | {"eval_accumulation_steps": 1})
+    compare(tmp_path / "loss only", **case, arguments=arguments | {"prediction_loss_only": True})
+
+
+def number_of_rows(prediction: Any) -> dict[str, float]:
+    return {"rows": len(prediction.label_ids)}
+
+
+@row("eval_use_gather_object", note="As DDP on as many ranks.")
+def test_gather_objects(tmp_path: Path) -> None:
+    arguments = {"eval_strategy": "steps", "eval_steps": 3, "eval_use_gather_object": True}
+    compare(tmp_path, reference_ranks=2, arguments=arguments, options={"compute_metrics": number_of_rows})
 
 
 def best_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -546,13 +582,12 @@ def predictions(trainer: Trainer) -> dict[str, Any]:
     return {"predictions": out.predictions, "labels": out.label_ids, "loss": out.metrics["test_loss"]}
 
 
-@row("eval_do_concat_batches", note="Equal to one process.")
-@row("`predict()`", note="Equal to one process.")
-def test_predict(tmp_path: Path) -> None:
-    ours, expected = compare(tmp_path, after=predictions)
-    for rank in ours:
-        assert_close(to_tensors(rank.extra), to_tensors(expected.extra), "training")
-    ours, expected = compare(tmp_path, after=predictions, arguments={"eval_do_concat_batches": False})
+@row("eval_do_concat_batches", note="As DDP on as many ranks.")
+@row("`predict()`", note="As DDP on as many ranks: every rank has all predictions, in order.")
+@pytest.mark.parametrize("concat", [True, False])
+def test_predict(concat: bool, tmp_path: Path) -> None:
+    arguments = {"eval_do_concat_batches": concat}
+    ours, expected = compare(tmp_path, reference_ranks=2, after=predictions, arguments=arguments)
     for rank in ours:
         assert_close(to_tensors(rank.extra), to_tensors(expected.extra), "training")
 
@@ -636,7 +671,6 @@ def user_arguments(trainer: Trainer) -> Any:
     "save_steps",
     "save_total_limit",
     "save_only_model",
-    "save_on_each_node",
     note="Checkpoints hold the model in standard files. Until runs can be resumed, the optimizer's state is not saved, "
     "with one warning unless `save_only_model=True`.",
 )
@@ -667,29 +701,33 @@ class Hub:
     """Stands in for the client of the hub: keeps what is uploaded, as it is at that moment."""
 
     def __init__(self) -> None:
-        self.uploads: list[tuple[str, str, Any]] = []
+        self.calls: list[dict[str, Any]] = []
+        self.contents: list[tuple[list[str], dict[str, torch.Tensor]]] = []
 
     def create_repo(self, name: str, **kwargs: Any) -> Any:
-        return mock.Mock(repo_id=f"me/{name}")
+        self.calls.append({"name": name, **kwargs})
+        return mock.Mock(repo_id=name)
 
-    def upload_folder(
-        self, *, folder_path: str, commit_message: str, path_in_repo: str = "", run_as_future: bool = False, **_: Any
-    ) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(folder_path)
+    def upload_folder(self, *, folder_path: str, run_as_future: bool = False, **kwargs: Any) -> Any:
+        self.calls.append(kwargs)
         kept = {"README.md", "trainer_state.json", "training_args.bin", "config.json", "tokenizer.json"}
         names = sorted(kept & set(os.listdir(folder_path)))
-        self.uploads.append((commit_message, path_in_repo, (names, whole_weights(model))))
+        self.contents.append((names, whole_weights(AutoModelForCausalLM.from_pretrained(folder_path))))
         future: Future[str] = Future()
         future.set_result("uploaded")
         return future if run_as_future else "uploaded"
 
 
-def run_and_push(trainer_class: type[Trainer], output_dir: str, strategy: str) -> list[Any]:
+def run_and_push(trainer_class: type[Trainer], output_dir: str, strategy: str) -> Any:
     hub = Hub()
     arguments = {
         "push_to_hub": True,
         "hub_strategy": strategy,
         "hub_always_push": True,
+        "hub_model_id": "me/model",
+        "hub_revision": "tried",
+        "hub_private_repo": True,
+        "hub_token": "secret",
         "save_strategy": "steps",
         "save_steps": 2,
         "max_steps": 4,
@@ -699,7 +737,7 @@ def run_and_push(trainer_class: type[Trainer], output_dir: str, strategy: str) -
         trainer = make_trainer(trainer_class, output_dir, arguments=arguments, options=options)
         trainer.train()
         trainer.push_to_hub()
-    return hub.uploads
+    return hub.calls, hub.contents
 
 
 @row(
@@ -714,12 +752,535 @@ def run_and_push(trainer_class: type[Trainer], output_dir: str, strategy: str) -
 )
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_push_to_hub(strategy: str, tmp_path: Path) -> None:
-    (expected,) = run_ranks(run_and_push, 1, Trainer, str(tmp_path / "plain" / "name"), strategy)
-    first, second = run_ranks(
-        run_and_push, 2, AcceleratedMoETrainer, str(tmp_path / "ours" / "name"), strategy, init=False
-    )
-    assert not second
-    assert [upload[:2] for upload in first] == [upload[:2] for upload in expected]
-    for (*_, (names, weights)), (*_, (expected_names, expected_weights)) in zip(first, expected, strict=True):
+    ((expected_calls, expected),) = run_ranks(run_and_push, 1, Trainer, str(tmp_path / "plain"), strategy)
+    first, second = run_ranks(run_and_push, 2, AcceleratedMoETrainer, str(tmp_path / "ours"), strategy, init=False)
+    assert first[0] == expected_calls
+    assert second == ([], [])
+    for (names, weights), (expected_names, expected_weights) in zip(first[1], expected, strict=True):
         assert names == expected_names
         assert_close(weights, expected_weights, "training")
+
+
+# Memory, precision and compilation. -----------------------------------------------------------------------------------
+
+
+@row(
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    note="Losses as without. Without `use_reentrant=True` the recompute sends no tokens again.",
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ],
+    ids=str,
+)
+def test_checkpointing(arguments: dict[str, Any], tmp_path: Path) -> None:
+    compare_with_plain_arguments(tmp_path, arguments)
+
+
+def one_layer() -> PreTrainedModel:
+    return tiny_model("qwen3_moe", num_hidden_layers=1)
+
+
+@row(
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    note="Losses as without. The exchange of tokens and the experts are left out of the graphs.",
+)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_torch_compile(backend: str, tmp_path: Path) -> None:
+    arguments = {"torch_compile": True, "torch_compile_backend": backend, "torch_compile_mode": "default"}
+    compare_with_plain_arguments(tmp_path, arguments, model=one_layer)
+
+
+class SpyOnExperts(TrainerCallback):
+    """Notes the dtypes in which experts compute."""
+
+    def __init__(self) -> None:
+        self.dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        backend = runtime_of(model).backend
+        forward = backend.forward
+
+        def spy(spec: Any, weights: Any, rows: Any) -> Any:
+            self.dtypes.add((weights.up.dtype, rows.x_ND.dtype))
+            return forward(spec, weights, rows)
+
+        backend.forward = spy
+
+
+def dtypes(trainer: Trainer) -> Any:
+    spy = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SpyOnExperts))
+    config = getattr(trainer.model.config, "distributed_config", None)
+    mixed_precision = config is not None and config.fsdp_mixed_precision
+    return {p.dtype for p in trainer.model.parameters()}, spy.dtypes, mixed_precision
+
+
+def bf16_qwen3_moe() -> PreTrainedModel:
+    return tiny_model("qwen3_moe", dtype=torch.bfloat16)
+
+
+@row("bf16", note="fp32 weights stay fp32 masters, and the experts compute in bf16; bf16 weights train in bf16.")
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("launched", [False, True], ids=["argument", "accelerate launch"])
+def test_bf16(weights: torch.dtype, launched: bool, tmp_path: Path) -> None:
+    model = qwen3_moe if weights == torch.float32 else bf16_qwen3_moe
+    (expected,) = run_ranks(run, 1, Trainer, str(tmp_path), model=model)
+    arguments, env = ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}) if launched else ({"bf16": True}, {})
+    case: dict[str, Any] = {"model": model, "arguments": arguments, "after": dtypes, "init": False, "env": env}
+    for world_size in (1, 2):
+        options = {"callbacks": [SpyOnExperts()]}
+        for ours in run_ranks(run, world_size, AcceleratedMoETrainer, str(tmp_path), **case, options=options):
+            masters = weights == torch.float32 and world_size == 2
+            assert ours.extra == ({weights}, {(torch.bfloat16, torch.bfloat16)}, masters)
+            assert_close(torch.tensor(ours.losses).bfloat16(), torch.tensor(expected.losses).bfloat16(), "training")
+
+
+@row("bf16_full_eval", "fp16_full_eval", note="The model is cast to that dtype and stays in it, as in `Trainer`.")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_full_eval(dtype: str, tmp_path: Path) -> None:
+    arguments = {f"{dtype}_full_eval": True}
+    (expected,) = run_ranks(evaluate_around_training, 1, Trainer, str(tmp_path), arguments)
+    for ours in run_ranks(evaluate_around_training, 2, AcceleratedMoETrainer, str(tmp_path), arguments, init=False):
+        assert ours["dtype"] == expected["dtype"]
+        assert_close(ours["losses"], expected["losses"], "training")
+
+
+def evaluate_around_training(trainer_class: type[Trainer], output_dir: str, arguments: dict[str, Any]) -> Any:
+    trainer = make_trainer(trainer_class, output_dir, arguments=arguments)
+    losses = [trainer.evaluate()["eval_loss"]]
+    trainer = make_trainer(trainer_class, output_dir, arguments=arguments)
+    trainer.train()
+    losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses.append(trainer.evaluate()["eval_loss"])
+    losses.append(trainer.evaluate()["eval_loss"])
+    return {"losses": torch.tensor(losses).bfloat16(), "dtype": {p.dtype for p in trainer.model.parameters()}}
+
+
+@row("neftune_noise_alpha", note="Each rank draws its own noise; the hook is gone after training.")
+def test_neftune(tmp_path: Path) -> None:
+    ours, _ = compare(tmp_path, arguments={"neftune_noise_alpha": 0.0}, after=embedding_hooks)
+    noisy = run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path), arguments={"neftune_noise_alpha": 5.0}, init=False)
+    assert noisy[0].losses == noisy[1].losses != ours[0].losses
+    assert np.isfinite(noisy[0].losses).all()
+    assert [rank.extra for rank in ours] == [0, 0]
+
+
+def embedding_hooks(trainer: Trainer) -> int:
+    return sum("neftune" in hook.__name__ for hook in trainer.model.get_input_embeddings()._forward_hooks.values())
+
+
+@row(
+    "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers",
+    "ddp_static_graph",
+    verdict="no effect",
+    note="FSDP2 stands in for DDP.",
+)
+@row("ddp_backend", "ddp_timeout", note="Of the process group.")
+def test_ddp_arguments(tmp_path: Path) -> None:
+    arguments = {
+        "ddp_find_unused_parameters": True,
+        "ddp_bucket_cap_mb": 1,
+        "ddp_broadcast_buffers": True,
+        "ddp_static_graph": True,
+        "ddp_backend": "gloo",
+        "ddp_timeout": 100,
+    }
+    compare_with_plain_arguments(tmp_path, arguments)
+
+
+@row(
+    "torch_empty_cache_steps",
+    "full_determinism",
+    "seed",
+    "use_cache",
+    "skip_memory_metrics",
+    note="Equal to one process.",
+)
+def test_the_rest(tmp_path: Path) -> None:
+    arguments = {"torch_empty_cache_steps": 1, "use_cache": True, "seed": 3}
+    compare(tmp_path / "cache", arguments=arguments)
+    compare(tmp_path / "deterministic", arguments={"full_determinism": True})
+    compare(tmp_path / "memory", arguments={"skip_memory_metrics": False})
+
+
+# What trainers can do besides. ----------------------------------------------------------------------------------------
+
+
+class Complete(TrainerCallback):
+    """After each step, completes prompts of different lengths: each rank its own, one process all of them."""
+
+    def __init__(self) -> None:
+        self.completions: dict[int, list[list[int]]] = {0: [], 1: []}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        mine = [args.process_index] if args.world_size > 1 else [0, 1]
+        for i in mine:
+            prompt = torch.arange(5, 8 + 5 * i)[None]
+            with torch.no_grad():
+                out = model.generate(prompt, max_new_tokens=3 + 4 * i, do_sample=False, eos_token_id=None)
+            self.completions[i].append(out[0].tolist())
+
+
+def completions(trainer: Trainer) -> dict[int, list[list[int]]]:
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Complete)).completions
+
+
+@row("`model.generate` in a callback", note="On all ranks; their prompts and completions may differ in length.")
+def test_generate_while_training(tmp_path: Path) -> None:
+    ours, expected = compare(tmp_path, options={"callbacks": [Complete()]}, after=completions)
+    for rank, result in enumerate(ours):
+        assert len(result.extra[rank]) == STEPS
+        assert result.extra[rank] == expected.extra[rank]
+
+
+@row("`Trainer(model_init=)`", note="Equal to one process.")
+def test_model_init(tmp_path: Path) -> None:
+    compare(tmp_path, options={"model_init": qwen3_moe})
+
+
+def run_search(trainer_class: type[Trainer], output_dir: str) -> dict[str, Any]:
+    import optuna
+
+    class PruneTheSecond(optuna.pruners.BasePruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            return trial.number == 1
+
+    def space(trial: Any) -> dict[str, float]:
+        return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)}
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    arguments = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    trainer = make_trainer(trainer_class, output_dir, arguments=arguments, options={"model_init": qwen3_moe})
+    best = trainer.hyperparameter_search(
+        space,
+        n_trials=3,
+        direction="minimize",
+        backend="optuna",
+        sampler=optuna.samplers.RandomSampler(seed=1),
+        pruner=PruneTheSecond(),
+    )
+    found = best and {"objective": best.objective, "rate": best.hyperparameters["learning_rate"]}
+    return {"best": found, "log": log_of(trainer), "save_only_model": trainer.args.save_only_model}
+
+
+@row("`hyperparameter_search`", note="With optuna, pruning included: all ranks run rank 0's trials.")
+def test_hyperparameter_search(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    (expected,) = run_ranks(run_search, 1, Trainer, str(tmp_path / "plain"))
+    first, second = run_ranks(run_search, 2, AcceleratedMoETrainer, str(tmp_path / "ours"), init=False)
+    assert_close(first["best"], expected["best"], "training")
+    assert second["best"] is None
+    for rank in (first, second):
+        assert_close(rank["log"], expected["log"], "training")
+        assert rank["save_only_model"] is False
+    assert files_below(tmp_path / "ours" / "run-2")
+
+
+def adapted_qwen3_moe() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian", task_type="CAUSAL_LM")
+    return get_peft_model(tiny_model("qwen3_moe"), config)
+
+
+@row("PEFT LoRA on attention", note="Equal to one process; the adapter that is saved loads with stock PEFT.")
+def test_lora_on_attention(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    arguments = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+    }
+    ours, expected = compare(tmp_path, model=adapted_qwen3_moe, arguments=arguments, after=best_checkpoint)
+    loaded = peft.PeftModel.from_pretrained(tiny_model("qwen3_moe"), tmp_path / "ours" / ours[0].extra)
+    assert_close(whole_weights(loaded), expected.weights, "training")
+
+
+def best_checkpoint(trainer: Trainer) -> str:
+    return Path(trainer.state.best_model_checkpoint).name
+
+
+def dense() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@row("A dense model", note="Trains as with `Trainer`, with one warning.")
+def test_dense_model(tmp_path: Path) -> None:
+    case: dict[str, Any] = {"model": dense, "init": False, "capture": True}
+    expected = run_ranks(run, 2, Trainer, str(tmp_path), **case)
+    actual = run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path), **case)
+    for rank, ((ours, output), (theirs, _)) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(ours.log, theirs.log, "exact")
+        assert_close(ours.weights, theirs.weights, "exact")
+        assert output.count("nothing to accelerate") == (rank == 0)
+
+
+def copy_and_train(output_dir: str) -> Any:
+    trainer = make_trainer(AcceleratedMoETrainer, output_dir)
+    before = whole_weights(trainer.model)
+    copied = copy.deepcopy(trainer.model)
+    trainer.train()
+    return before, whole_weights(copied), whole_weights(trainer.model), run_on(copied), run_on(qwen3_moe())
+
+
+def run_on(model: nn.Module) -> float:
+    entry = ragged_batch_dataset(1, LENGTH)[0]
+    return float(model(**{key: value[None] for key, value in entry.items()}).loss)
+
+
+@row(
+    "`copy.deepcopy(model)`",
+    verdict="in one process",
+    note="The copy is independent; an error where the model is sharded.",
+)
+def test_deepcopy(tmp_path: Path) -> None:
+    ((before, copied, trained, loss, expected),) = run_ranks(copy_and_train, 1, str(tmp_path))
+    assert_close(copied, before, "exact")
+    assert not any(torch.equal(trained[name], before[name]) for name in before)
+    assert_close(loss, expected, "training")
+    with pytest.raises(RanksError, match="does not support deepcopy"):
+        run_ranks(copy_and_train, 2, str(tmp_path), init=False)
+
+
+def resize_and_train(output_dir: str) -> None:
+    trainer = make_trainer(AcceleratedMoETrainer, output_dir)
+    trainer.model.resize_token_embeddings(VOCAB_SIZE + 8)
+    trainer.train()
+
+
+@row(
+    "`resize_token_embeddings`",
+    verdict="before sharding",
+    note="Before the trainer is made; an error where the model is sharded already.",
+)
+def test_resize_token_embeddings(tmp_path: Path) -> None:
+    run_ranks(resize_and_train, 1, str(tmp_path))
+    with pytest.raises(RanksError, match="ValueError: resize_token_embeddings"):
+        run_ranks(resize_and_train, 2, str(tmp_path), init=False)
+
+
+def sgd(model: nn.Module) -> Any:
+    return torch.optim.SGD(parameter_groups(model), lr=0.1)
+
+
+def run_with_optimizer(trainer_class: type[Trainer], output_dir: str, source: str | None = None) -> Run:
+    model = AcceleratedAutoModel.from_pretrained(source) if source else qwen3_moe()
+    return run(trainer_class, output_dir, options={"model": model, "optimizers": (sgd(model), None)})
+
+
+@row("`Trainer(optimizer_cls_and_kwargs=)`", note="Equal to one process.")
+@row(
+    "`Trainer(optimizers=)`",
+    note="With a model that was sharded before, by `AutoModelForCausalLM` or `prepare_moe_model`; otherwise an error, "
+    "since sharding makes new parameters.",
+)
+def test_own_optimizer(saved_model: str, tmp_path: Path) -> None:
+    compare(tmp_path, options={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})})
+    (expected,) = run_ranks(run_with_optimizer, 1, Trainer, str(tmp_path))
+    for ours in (
+        *run_ranks(run_with_optimizer, 1, AcceleratedMoETrainer, str(tmp_path)),
+        *run_ranks(run_with_optimizer, 2, AcceleratedMoETrainer, str(tmp_path), saved_model),
+    ):
+        assert_close(ours.log, expected.log, "training")
+    with pytest.raises(RanksError, match=r"ValueError: optimizers=.*optimizer_cls_and_kwargs"):
+        run_ranks(run_with_optimizer, 2, AcceleratedMoETrainer, str(tmp_path), init=False)
+
+
+def resume(output_dir: str, value: Any) -> None:
+    make_trainer(AcceleratedMoETrainer, output_dir).train(resume_from_checkpoint=value)
+
+
+@row(
+    "`train(resume_from_checkpoint=)`",
+    "resume_from_checkpoint",
+    "ignore_data_skip",
+    "restore_callback_states_from_checkpoint",
+    verdict="refused",
+    note="Not yet: checkpoints hold no optimizer state.",
+)
+def test_resume_is_refused(tmp_path: Path) -> None:
+    for value in (True, "somewhere"):
+        with pytest.raises(RanksError, match="ValueError: resume_from_checkpoint=.*cannot be resumed yet"):
+            run_ranks(resume, 2, str(tmp_path), value, init=False)
+
+
+# What is refused. -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    qwen3_moe().save_pretrained(directory)
+    return str(directory)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Arguments, or settings of `accelerate launch`, and what the error says of them."""
+
+    says: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environ: dict[str, str] = field(default_factory=dict)
+
+    def make(self, output_dir: str) -> TrainingArguments:
+        later = {name: self.arguments[name] for name in ("deepspeed",) if name in self.arguments}
+        given = {name: value for name, value in self.arguments.items() if name not in later}
+        args = TrainingArguments(output_dir=output_dir, use_cpu=True, report_to=[], **given)
+        # DeepSpeed need not be installed: only its being asked for is looked at.
+        for name, value in later.items():
+            setattr(args, name, value)
+        return args
+
+
+REFUSED = {
+    "auto_find_batch_size": Refused("Delete auto_find_batch_size=True.", {"auto_find_batch_size": True}),
+    "fp16": Refused("use bf16. Delete fp16=True.", {"fp16": True}),
+    "fsdp": Refused("Delete fsdp=True.", {"fsdp": True, "fsdp_config": {"cpu_offload": True}}),
+    "deepspeed": Refused("Delete deepspeed='zero3.json'.", {"deepspeed": "zero3.json"}),
+    "parallelism_config": Refused(
+        "Delete parallelism_config=....", {"parallelism_config": ParallelismConfig(dp_shard_size=2)}
+    ),
+    "use_liger_kernel": Refused("Delete use_liger_kernel=True.", {"use_liger_kernel": True}),
+    "enable_jit_checkpoint": Refused("Delete enable_jit_checkpoint=True.", {"enable_jit_checkpoint": True}),
+    "even_batches": Refused(
+        "Delete even_batches=False in accelerator_config.", {"accelerator_config": {"even_batches": False}}
+    ),
+    "save_on_each_node": Refused("Delete save_on_each_node=True.", {"save_on_each_node": True}),
+    "debug": Refused("Delete debug='underflow_overflow'.", {"debug": "underflow_overflow"}),
+    "optim": Refused("Delete optim='adafactor'.", {"optim": "adafactor"}),
+    "accelerate's FSDP": Refused("accelerate's FSDP plugin is", environ={"ACCELERATE_USE_FSDP": "true"}),
+    "accelerate's DeepSpeed": Refused("accelerate's DeepSpeed plugin", environ={"ACCELERATE_USE_DEEPSPEED": "true"}),
+    "accelerate's Megatron": Refused("accelerate's Megatron-LM", environ={"ACCELERATE_USE_MEGATRON_LM": "true"}),
+    "accelerate's layout": Refused(
+        "accelerate's parallelism_config", environ={"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+    ),
+    "accelerate's fp16": Refused("mixed_precision fp16", environ={"ACCELERATE_MIXED_PRECISION": "fp16"}),
+}
+
+
+def refusals(output_dir: str, cases: dict[str, Refused], source: str | None) -> dict[str, str]:
+    """The error of each case, for a model that would have to be read from `source`, or for one that is loaded."""
+    errors = {}
+    for name, case in cases.items():
+        args = case.make(output_dir)
+        with never_reading_weights(), mock.patch.dict(os.environ, case.environ), pytest.raises(ValueError) as error:
+            AcceleratedMoETrainer(model=source or qwen3_moe(), args=args)
+        errors[name] = str(error.value)
+    return errors
+
+
+@contextmanager
+def never_reading_weights() -> Iterator[None]:
+    with mock.patch.object(PreTrainedModel, "from_pretrained", side_effect=AssertionError("weights were read")):
+        yield
+
+
+@row("auto_find_batch_size", verdict="refused", note="A rank would retry alone.")
+@row("fp16", verdict="refused", note="Also from `accelerate launch`. Use bf16.")
+@row("fsdp", "fsdp_config", "deepspeed", verdict="refused", note="Also the plugins of `accelerate launch`.")
+@row("parallelism_config", verdict="refused", note="`MoEAccelConfig` chooses the layout.")
+@row("use_liger_kernel", "liger_kernel_config", verdict="refused", note="It replaces the forward of the experts.")
+@row("enable_jit_checkpoint", verdict="refused", note="Until runs can be resumed.")
+@row("`accelerator_config` with `even_batches=False`", verdict="refused", note="On several ranks.")
+@row("save_on_each_node", verdict="refused", note="On several ranks, which write into one shared directory.")
+@row("debug", verdict="refused", note="'underflow_overflow' on several ranks: it cannot print sharded weights.")
+@pytest.mark.parametrize("loaded", [False, True], ids=["from disk", "loaded"])
+def test_refused_arguments(loaded: bool, saved_model: str, tmp_path: Path) -> None:
+    source = None if loaded else saved_model
+    for errors in run_ranks(refusals, 2, str(tmp_path), REFUSED, source, init=False):
+        for name, case in REFUSED.items():
+            assert case.says in errors[name], name
+
+
+def load_refusals(source: str) -> dict[str, str]:
+    errors = {}
+    for name, value in (("device_map", "auto"), ("quantization_config", {"load_in_4bit": True})):
+        with never_reading_weights(), pytest.raises(ValueError) as error:
+            AcceleratedAutoModel.from_pretrained(source, **{name: value})
+        errors[name] = str(error.value)
+    return errors
+
+
+def split_by_device_map() -> PreTrainedModel:
+    model = qwen3_moe()
+    model.hf_device_map = {"model": "cuda:0", "lm_head": "cuda:1"}
+    return model
+
+
+def quantized() -> PreTrainedModel:
+    model = qwen3_moe()
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    return model
+
+
+@row("`device_map`, `quantization_config`", verdict="refused", note="Where the model is loaded, and on a loaded one.")
+def test_refused_ways_to_load(saved_model: str, tmp_path: Path) -> None:
+    for errors in run_ranks(load_refusals, 2, saved_model):
+        assert all(f"Delete `{name}=`" in error for name, error in errors.items())
+    for model, name in ((split_by_device_map, "device_map"), (quantized, "quantization_config")):
+        with pytest.raises(RanksError, match=f"ValueError: .*{name}"):
+            run_ranks(make_trainer, 2, AcceleratedMoETrainer, str(tmp_path), model=model, init=False)
+
+
+def one_process_refusals(output_dir: str) -> None:
+    for name in ("debug", "optim", "even_batches", "save_on_each_node"):
+        AcceleratedMoETrainer(model=qwen3_moe(), args=REFUSED[name].make(output_dir))
+
+
+def test_what_only_sharding_forbids_works_in_one_process(tmp_path: Path) -> None:
+    run_ranks(one_process_refusals, 1, str(tmp_path))
+
+
+# The table. -----------------------------------------------------------------------------------------------------------
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "training_arguments.md"
+
+# Nothing here meets the model or its sharding.
+UNTOUCHED = """
+output_dir do_train do_eval do_predict run_name project disable_tqdm report_to log_level log_level_replica
+log_on_each_node logging_strategy logging_steps logging_first_step trackio_space_id trackio_bucket_id
+trackio_static_space_id use_cpu tf32 local_rank dataloader_pin_memory
+""".split()
+
+
+def table(rows: list[Row]) -> str:
+    def cell(argument: str) -> str:
+        return f"`{argument}`" if argument in FIELDS else argument
+
+    lines = ["| Argument | | |", "|---|---|---|"]
+    for entry in sorted(rows, key=lambda entry: (entry.arguments[0] not in FIELDS, FIELDS.get(entry.arguments[0], 0))):
+        lines.append(f"| {', '.join(map(cell, entry.arguments))} | {entry.verdict} | {entry.note} |")
+    return "\n".join(lines)
+
+
+FIELDS = {f.name: i for i, f in enumerate(fields(TrainingArguments))}
+
+
+def documented(part: str) -> str:
+    """A part of the document, which stands between two comments."""
+    return DOCUMENT.read_text().partition(f"<!-- {part} -->\n")[2].partition(f"\n<!-- end of {part} -->")[0]
+
+
+def test_every_argument_is_decided() -> None:
+    decided = {argument for entry in ROWS for argument in entry.arguments} | set(UNTOUCHED)
+    assert FIELDS.keys() - decided == set()
+    assert {name for name in decided if name.isidentifier()} - FIELDS.keys() == set()
+
+
+def test_the_table_is_the_documented_one() -> None:
+    assert documented("arguments") == table(ROWS)
+    assert documented("untouched") == ", ".join(f"`{name}`" for name in UNTOUCHED)

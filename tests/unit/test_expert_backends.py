@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -53,6 +54,15 @@ CASES = grid(
     },
     valid=lambda case: case["trained"] != "vectors" or case["bias"] or case["post_norm"],
 )
+
+
+def test_the_cases_that_always_run_hold_every_pair_of_values() -> None:
+    def pairs(parameters: list[Any]) -> set[Any]:
+        return {pair for parameter in parameters for pair in combinations(parameter.values[0].items(), 2)}
+
+    always = [parameter for parameter in CASES if not parameter.marks]
+    assert pairs(always) == pairs(CASES)
+    assert len(always) < len(CASES) / 50
 
 
 def backend_of(name: str) -> ExpertBackend:
