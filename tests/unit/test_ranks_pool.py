@@ -313,6 +313,7 @@ def test_of_several_failures_the_first_comes_first():
 
 
 def fail_late_first():
+    dist.barrier()  # nobody is still joining the group when the first one fails
     time.sleep(0.05 * (4 - dist.get_rank()))
     raise RuntimeError(f"failed on rank {dist.get_rank()}")
 
