@@ -18,9 +18,10 @@ def say(message: str, *, level: int = logging.INFO) -> None:
     """Log once for all ranks. Not a collective: the other ranks stay silent."""
     if not is_rank_zero():
         return
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
     logger.log(level, message)
 
 
