@@ -320,8 +320,8 @@ def _resize_token_embeddings(
     if new_num_tokens not in (None, size) or size % (pad_to_multiple_of or 1):
         raise ValueError(
             f"resize_token_embeddings({new_num_tokens}) cannot change the {size} embeddings of a model that is "
-            "sharded already: resize the model before the trainer or prepare_moe_model gets it. A model that is loaded "
-            "sharded has to be loaded with transformers, resized and saved once before."
+            "sharded already: resize it before the trainer or prepare_moe_model gets it, or, where it is loaded by "
+            "name, load it once with transformers, resize and save it."
         )
     return embeddings
 

@@ -58,6 +58,7 @@ class AcceleratedMoEMixin(_Base):
         elif isinstance(model, nn.Module) and find_experts(model):
             refuse_arguments(training_args)
         self._user_save_only_model: bool | None = None
+        self._ended_epoch: Iterator[Any] | None = None
         try:
             super().__init__(*bound.args, **bound.kwargs)
         finally:
@@ -77,7 +78,7 @@ class AcceleratedMoEMixin(_Base):
         live = {id(parameter) for parameter in self.model.parameters()}
         if any(id(p) not in live for group in self.optimizer.param_groups for p in group["params"]):
             raise ValueError(
-                "optimizers=(...) holds parameters that are no longer the model's, since sharding makes new ones: pass "
+                "optimizers=(...) holds parameters that are no longer the model's, since sharding makes new ones. Use "
                 "optimizer_cls_and_kwargs=(class, {...}) instead, or load the model with "
                 "hf_moe_accel.AutoModelForCausalLM and give the optimizer parameter_groups(model)."
             )
@@ -152,8 +153,13 @@ class AcceleratedMoEMixin(_Base):
         """The micro-batches of a step; with data of unknown length as many as every rank has."""
         if not self._ranks_must_agree(self.train_dataset):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        batches = batches[: agreed_count(len(batches), device)]
+        batches: list[Any] = []
+        if epoch_iterator is not self._ended_epoch:
+            batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+            batches = batches[: agreed_count(len(batches), device)]
+        if len(batches) < num_batches:
+            # The trainer goes on asking up to `max_steps`; a rank that has more data must not read it.
+            self._ended_epoch = epoch_iterator
         return super().get_batch_samples(iter(batches), len(batches), device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -165,7 +171,7 @@ class AcceleratedMoEMixin(_Base):
         return self._agreeing(super().get_test_dataloader(test_dataset))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the trainer; rank 0's metrics count, so that all ranks stop, save and go on alike. All ranks must call."""
+        """As in the trainer; rank 0's metrics count, so that all ranks decide alike. All ranks must call."""
         if not self._is_distributed:
             return super().evaluation_loop(*args, **kwargs)
         dtype = full_eval_dtype(self.args)
@@ -196,7 +202,7 @@ class AcceleratedMoEMixin(_Base):
         return AgreeingLoader(loader, self.args.device) if self._ranks_must_agree(loader.dataset) else loader
 
     def _ranks_must_agree(self, dataset: Any) -> bool:
-        return self._is_distributed and isinstance(dataset, IterableDataset)
+        return isinstance(dataset, IterableDataset) and self._is_distributed
 
     @property
     def _is_distributed(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +18,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import ParallelismConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -33,9 +32,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_moe_accel import AcceleratedMoETrainer
+from hf_moe_accel import AcceleratedMoETrainer, parameter_groups
 from hf_moe_accel import AutoModelForCausalLM as AcceleratedAutoModel
-from hf_moe_accel import parameter_groups
+from hf_moe_accel.log import warn_once
 from hf_moe_accel.runtime import runtime_of
 from tests.helpers.models import VOCAB_SIZE, ragged_batch_dataset, tiny_model, toy_tokenizer
 from tests.helpers.ranks import RanksError, run_ranks
@@ -46,7 +45,7 @@ LENGTH = 16
 STEPS = 3
 
 
-# The rows of the table. -----------------------------------------------------------------------------------------------
+# --- The rows of the table ---
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def row(*arguments: str, note: str, verdict: str = "works") -> Callable[[Any], A
     return lambda test: test
 
 
-# A training run, on however many ranks it is called on. ---------------------------------------------------------------
+# --- A training run, on however many ranks it is called on ---
 
 
 @dataclass
@@ -110,6 +109,7 @@ def make_trainer(
     arguments: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
 ) -> Trainer:
+    warn_once.cache_clear()  # other cases have run in this process
     arguments, options = arguments or {}, options or {}
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch = GLOBAL_BATCH // world_size // arguments.get("gradient_accumulation_steps", 1)
@@ -162,37 +162,23 @@ def compare_with_plain_arguments(tmp_path: Path, arguments: dict[str, Any], **ca
         assert_close(ours.weights, expected.weights, "training")
 
 
-def compare(
-    tmp_path: Path,
-    *,
-    reference_ranks: int = 1,
-    ignore: tuple[str, ...] = (),
-    kind: str = "training",
-    **case: Any,
-) -> tuple[list[Run], Run]:
+def compare(tmp_path: Path, *, reference_ranks: int = 1, **case: Any) -> tuple[list[Run], Run]:
     """Asserts that our run on two ranks logs and leaves what plain `Trainer` does, and returns both.
 
     Args:
         tmp_path: for the runs' output.
         reference_ranks: plain `Trainer` runs in one process, or as DDP on two ranks where the data depend on it.
-        ignore: keys of the log not to compare.
-        kind: of the tolerance.
         case: arguments of `run`.
     """
     expected, *_ = run_ranks(run, reference_ranks, Trainer, str(tmp_path / "plain"), init=False, **case)
     actual = run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path / "ours"), init=False, **case)
     for rank in actual:
-        assert_close(without(rank.log, ignore), without(expected.log, ignore), kind, "log")
-        weights = {name.removeprefix("module."): weight for name, weight in expected.weights.items()}
-        assert_close(rank.weights, weights, kind, "weights")
+        assert_close(rank.log, expected.log, "training", "log")
+        assert_close(rank.weights, expected.weights, "training", "weights")
     return actual, expected
 
 
-def without(log: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in entry.items() if k not in keys} for entry in log]
-
-
-# Loss and gradients. --------------------------------------------------------------------------------------------------
+# --- Loss and gradients ---
 
 
 @row("label_smoothing_factor", note="Equal to one process.")
@@ -243,10 +229,10 @@ def test_compute_loss_func_and_nan_filter(tmp_path: Path) -> None:
     assert np.isfinite(ours.losses).all()
     case: dict[str, Any] = {"options": {"compute_loss_func": AddNaN()}, "arguments": {"logging_nan_inf_filter": False}}
     for ours in run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path), **case, init=False):
-        assert np.isnan(ours.losses).tolist() == [False, True, False]
+        assert np.isnan(ours.losses).tolist() == [False, True, True]  # transformers does not get rid of it
 
 
-# Optimizer and schedule. ----------------------------------------------------------------------------------------------
+# --- Optimizer and schedule ---
 
 
 @row("optim", "optim_args", "optim_target_modules", note="See the optimizers below.")
@@ -313,7 +299,7 @@ def test_schedules(tmp_path: Path) -> None:
     assert rates[-1] < rates[0]
 
 
-# Data. ----------------------------------------------------------------------------------------------------------------
+# --- Data ---
 
 
 class Stream(IterableDataset):
@@ -322,20 +308,23 @@ class Stream(IterableDataset):
     def __init__(self, rows: list[dict[str, torch.Tensor]], cut: tuple[int, ...] = ()) -> None:
         self.rows = rows
         self.cut = cut
+        self.num_read = 0
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         end = self.cut[int(os.environ["RANK"])] if self.cut else len(self.rows)
-        return iter(self.rows[:end])
+        for entry in self.rows[:end]:
+            self.num_read += 1
+            yield entry
 
 
 def rows_of_many_lengths(num: int) -> list[dict[str, torch.Tensor]]:
     rows = ragged_batch_dataset(num, LENGTH, seed=11)
-    return [{key: value[: 6 + i * 7 % 11] for key, value in row.items()} for i, row in enumerate(rows)]
+    return [{key: value[: 6 + i * 7 % 11] for key, value in entry.items()} for i, entry in enumerate(rows)]
 
 
 def pad(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     def stacked(name: str, filler: int) -> torch.Tensor:
-        return nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=filler)
+        return nn.utils.rnn.pad_sequence([entry[name] for entry in rows], batch_first=True, padding_value=filler)
 
     ids = stacked("input_ids", 0)
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": stacked("labels", -100)}
@@ -357,7 +346,8 @@ def test_sampling(strategy: str, tmp_path: Path) -> None:
 
 
 def test_sampling_by_a_column_of_lengths(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = [entry | {"size": len(entry["input_ids"])} for entry in VARIED["train_dataset"]]
     table = datasets.Dataset.from_list([{k: np.asarray(v) for k, v in entry.items()} for entry in rows])
     arguments = {"train_sampling_strategy": "group_by_length", "length_column_name": "size"}
@@ -413,17 +403,23 @@ def test_dataloader_workers(tmp_path: Path) -> None:
     compare(tmp_path, arguments=arguments)
 
 
-@row("`IterableDataset`", note="With `max_steps`, as DDP on as many ranks. Where the data of one rank end, all ranks stop.")
+@row(
+    "`IterableDataset`",
+    note="With `max_steps`, as DDP on as many ranks. Where the data of one rank end, all ranks stop.",
+)
 @pytest.mark.parametrize("dispatch_batches", [None, True, False])
 def test_iterable_dataset(dispatch_batches: bool | None, tmp_path: Path) -> None:
-    options = {"train_dataset": Stream(ragged_batch_dataset(28, LENGTH)), "eval_dataset": Stream(VARIED["train_dataset"])}
+    options = {
+        "train_dataset": Stream(ragged_batch_dataset(28, LENGTH)),
+        "eval_dataset": Stream(VARIED["train_dataset"]),
+    }
     arguments = {"accelerator_config": {"dispatch_batches": dispatch_batches}, "max_steps": 5}
     compare(tmp_path, reference_ranks=2, arguments=arguments, options=options | {"data_collator": pad})
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_iterable_dataset_of_unequal_lengths(accumulation: int, tmp_path: Path) -> None:
-    rows = ragged_batch_dataset(40, LENGTH)
+    rows = ragged_batch_dataset(80, LENGTH)
     arguments = {
         "accelerator_config": {"dispatch_batches": False},
         "gradient_accumulation_steps": accumulation,
@@ -433,9 +429,15 @@ def test_iterable_dataset_of_unequal_lengths(accumulation: int, tmp_path: Path) 
     }
     case: dict[str, Any] = {"arguments": arguments}
     (expected,) = run_ranks(run, 1, Trainer, str(tmp_path), **case, options=streams(rows[:16]))
-    for ours in run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path), init=False, **case, options=streams(rows, (40, 16))):
+    case |= {"options": streams(rows, (80, 16)), "after": rows_read}
+    for ours in run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path), init=False, **case):
         assert_close(ours.log, expected.log, "training", "log")
         assert_close(ours.weights, expected.weights, "training", "weights")
+        assert ours.extra < 60
+
+
+def rows_read(trainer: Trainer) -> int:
+    return trainer.train_dataset.num_read
 
 
 def streams(rows: list[dict[str, torch.Tensor]], cut: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -474,7 +476,8 @@ def with_more_columns(rows: list[dict[str, torch.Tensor]]) -> list[dict[str, Any
 def test_remove_unused_columns(tmp_path: Path) -> None:
     rows = with_more_columns(ragged_batch_dataset(24, LENGTH))
     compare(tmp_path / "list", options={"train_dataset": rows}, arguments={"label_names": ["labels"]})
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     table = datasets.Dataset.from_list([{k: np.asarray(v) for k, v in entry.items()} for entry in rows])
     compare(tmp_path / "datasets", options={"train_dataset": table.with_format("torch")})
     rows = [{key: value for key, value in entry.items() if key != "rowid"} for entry in rows]
@@ -492,7 +495,7 @@ def test_num_input_tokens_seen(kind: str, tmp_path: Path) -> None:
     assert (seen[0] == sum(lengths)) == (kind == "non_padding")
 
 
-# Evaluation. ----------------------------------------------------------------------------------------------------------
+# --- Evaluation ---
 
 
 @row(
@@ -598,15 +601,19 @@ def to_tensors(values: Any) -> Any:
     return [torch.as_tensor(value) for value in values] if isinstance(values, list) else torch.as_tensor(values)
 
 
-def of_rank_zero_only(prediction: Any) -> dict[str, float]:
-    """A metric that other ranks compute differently, as when it samples, and that gets worse from step 2 on."""
-    of_rank_zero_only.calls += 1
-    worse = os.environ.get("RANK", "0") == "0" and of_rank_zero_only.calls > 2
-    return {"score": of_rank_zero_only.calls * (-1.0 if worse else 1.0)}
+class Score:
+    """A metric that gets better, but on rank 0 only up to step 2: a metric that samples differs as well."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        self.calls += 1
+        worse = os.environ.get("RANK", "0") == "0" and self.calls > 2
+        return {"score": -float(self.calls) if worse else float(self.calls)}
 
 
 def run_early_stopping(trainer_class: type[Trainer], output_dir: str) -> dict[str, Any]:
-    of_rank_zero_only.calls = 0
     trainer = make_trainer(
         trainer_class,
         output_dir,
@@ -620,7 +627,7 @@ def run_early_stopping(trainer_class: type[Trainer], output_dir: str) -> dict[st
             "metric_for_best_model": "score",
             "greater_is_better": True,
         },
-        options={"compute_metrics": of_rank_zero_only, "callbacks": [EarlyStoppingCallback(2)]},
+        options={"compute_metrics": Score(), "callbacks": [EarlyStoppingCallback(2)]},
     )
     trainer.train()
     log, best, weights = log_of(trainer), trainer.state.best_model_checkpoint, whole_weights(trainer.model)
@@ -647,7 +654,7 @@ def test_early_stopping_with_load_best(tmp_path: Path) -> None:
         assert len([entry for entry in rank["log"] if "loss" in entry]) == 4
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-2")
     assert_close(ours[0]["weights"], whole_weights(saved), "exact")
-    # Plain Trainer reads nothing back into the experts, whose keys differ on disk: only ours can be checked against it.
+    # Plain Trainer reads nothing back into the experts, whose keys differ on disk: its weights are nothing to go by.
     del expected["weights"], expected["then"]
     for rank in ours:
         assert_close(rank["log"], expected["log"], "training")
@@ -655,11 +662,7 @@ def test_early_stopping_with_load_best(tmp_path: Path) -> None:
         assert not any(torch.equal(rank["then"][name], value) for name, value in rank["weights"].items())
 
 
-# Saving. --------------------------------------------------------------------------------------------------------------
-
-
-def files_below(directory: Path) -> set[str]:
-    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+# --- Saving ---
 
 
 def user_arguments(trainer: Trainer) -> Any:
@@ -671,8 +674,8 @@ def user_arguments(trainer: Trainer) -> Any:
     "save_steps",
     "save_total_limit",
     "save_only_model",
-    note="Checkpoints hold the model in standard files. Until runs can be resumed, the optimizer's state is not saved, "
-    "with one warning unless `save_only_model=True`.",
+    note="Checkpoints hold the model in standard files. Until runs can be resumed, the optimizer's state is not "
+    "saved, with one warning unless `save_only_model=True`.",
 )
 @pytest.mark.parametrize("save_only_model", [True, False])
 def test_saving(save_only_model: bool, tmp_path: Path) -> None:
@@ -761,7 +764,7 @@ def test_push_to_hub(strategy: str, tmp_path: Path) -> None:
         assert_close(weights, expected_weights, "training")
 
 
-# Memory, precision and compilation. -----------------------------------------------------------------------------------
+# --- Memory, precision and compilation ---
 
 
 @row(
@@ -831,11 +834,14 @@ def bf16_qwen3_moe() -> PreTrainedModel:
 
 @row("bf16", note="fp32 weights stay fp32 masters, and the experts compute in bf16; bf16 weights train in bf16.")
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("launched", [False, True], ids=["argument", "accelerate launch"])
-def test_bf16(weights: torch.dtype, launched: bool, tmp_path: Path) -> None:
-    model = qwen3_moe if weights == torch.float32 else bf16_qwen3_moe
+@pytest.mark.parametrize("how", ["argument", "accelerate launch", "model from disk"])
+def test_bf16(weights: torch.dtype, how: str, tmp_path: Path) -> None:
+    model: Any = qwen3_moe if weights == torch.float32 else bf16_qwen3_moe
     (expected,) = run_ranks(run, 1, Trainer, str(tmp_path), model=model)
-    arguments, env = ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}) if launched else ({"bf16": True}, {})
+    arguments, env = ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}) if "launch" in how else ({"bf16": True}, {})
+    if "disk" in how:
+        model().save_pretrained(tmp_path / "model")
+        model = partial(str, tmp_path / "model")
     case: dict[str, Any] = {"model": model, "arguments": arguments, "after": dtypes, "init": False, "env": env}
     for world_size in (1, 2):
         options = {"callbacks": [SpyOnExperts()]}
@@ -866,12 +872,10 @@ def evaluate_around_training(trainer_class: type[Trainer], output_dir: str, argu
     return {"losses": torch.tensor(losses).bfloat16(), "dtype": {p.dtype for p in trainer.model.parameters()}}
 
 
-@row("neftune_noise_alpha", note="Each rank draws its own noise; the hook is gone after training.")
+@row("neftune_noise_alpha", note="As DDP on as many ranks; the hook is gone after training.")
 def test_neftune(tmp_path: Path) -> None:
-    ours, _ = compare(tmp_path, arguments={"neftune_noise_alpha": 0.0}, after=embedding_hooks)
-    noisy = run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path), arguments={"neftune_noise_alpha": 5.0}, init=False)
-    assert noisy[0].losses == noisy[1].losses != ours[0].losses
-    assert np.isfinite(noisy[0].losses).all()
+    arguments = {"neftune_noise_alpha": 5.0}
+    ours, _ = compare(tmp_path, reference_ranks=2, arguments=arguments, after=embedding_hooks)
     assert [rank.extra for rank in ours] == [0, 0]
 
 
@@ -915,7 +919,7 @@ def test_the_rest(tmp_path: Path) -> None:
     compare(tmp_path / "memory", arguments={"skip_memory_metrics": False})
 
 
-# What trainers can do besides. ----------------------------------------------------------------------------------------
+# --- What trainers can do besides ---
 
 
 class Complete(TrainerCallback):
@@ -977,7 +981,6 @@ def run_search(trainer_class: type[Trainer], output_dir: str) -> dict[str, Any]:
 
 @row("`hyperparameter_search`", note="With optuna, pruning included: all ranks run rank 0's trials.")
 def test_hyperparameter_search(tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
     (expected,) = run_ranks(run_search, 1, Trainer, str(tmp_path / "plain"))
     first, second = run_ranks(run_search, 2, AcceleratedMoETrainer, str(tmp_path / "ours"), init=False)
     assert_close(first["best"], expected["best"], "training")
@@ -985,19 +988,22 @@ def test_hyperparameter_search(tmp_path: Path) -> None:
     for rank in (first, second):
         assert_close(rank["log"], expected["log"], "training")
         assert rank["save_only_model"] is False
-    assert files_below(tmp_path / "ours" / "run-2")
+    assert list((tmp_path / "ours" / "run-2" / "checkpoint-3").glob("*.safetensors"))
 
 
-def adapted_qwen3_moe() -> nn.Module:
+def adapted_qwen3_moe(dtype: torch.dtype = torch.float32) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian", task_type="CAUSAL_LM")
-    return get_peft_model(tiny_model("qwen3_moe"), config)
+    return get_peft_model(tiny_model("qwen3_moe", dtype=dtype), config)
 
 
 @row("PEFT LoRA on attention", note="Equal to one process; the adapter that is saved loads with stock PEFT.")
+# peft reads an attribute that transformers has deprecated.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_lora_on_attention(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    from peft import PeftModel
+
     arguments = {
         "save_strategy": "steps",
         "save_steps": 1,
@@ -1006,8 +1012,23 @@ def test_lora_on_attention(tmp_path: Path) -> None:
         "load_best_model_at_end": True,
     }
     ours, expected = compare(tmp_path, model=adapted_qwen3_moe, arguments=arguments, after=best_checkpoint)
-    loaded = peft.PeftModel.from_pretrained(tiny_model("qwen3_moe"), tmp_path / "ours" / ours[0].extra)
+    loaded = PeftModel.from_pretrained(tiny_model("qwen3_moe"), tmp_path / "ours" / ours[0].extra)
     assert_close(whole_weights(loaded), expected.weights, "training")
+
+
+def trained_dtypes(trainer: Trainer) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_lora_over_bf16_with_checkpointing(use_reentrant: bool, tmp_path: Path) -> None:
+    case: dict[str, Any] = {"model": partial(adapted_qwen3_moe, torch.bfloat16), "after": trained_dtypes}
+    arguments: dict[str, Any] = {"bf16": True, "learning_rate": 0.1}
+    (expected,) = run_ranks(run, 1, Trainer, str(tmp_path), **case, arguments=arguments)
+    arguments |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    for ours in run_ranks(run, 2, AcceleratedMoETrainer, str(tmp_path), **case, arguments=arguments, init=False):
+        assert ours.extra == {torch.float32}
+        assert_close(torch.tensor(ours.losses).bfloat16(), torch.tensor(expected.losses).bfloat16(), "training")
 
 
 def best_checkpoint(trainer: Trainer) -> str:
@@ -1096,7 +1117,7 @@ def test_own_optimizer(saved_model: str, tmp_path: Path) -> None:
         *run_ranks(run_with_optimizer, 2, AcceleratedMoETrainer, str(tmp_path), saved_model),
     ):
         assert_close(ours.log, expected.log, "training")
-    with pytest.raises(RanksError, match=r"ValueError: optimizers=.*optimizer_cls_and_kwargs"):
+    with pytest.raises(RanksError, match="ValueError: optimizers="):
         run_ranks(run_with_optimizer, 2, AcceleratedMoETrainer, str(tmp_path), init=False)
 
 
@@ -1118,7 +1139,7 @@ def test_resume_is_refused(tmp_path: Path) -> None:
             run_ranks(resume, 2, str(tmp_path), value, init=False)
 
 
-# What is refused. -----------------------------------------------------------------------------------------------------
+# --- What is refused ---
 
 
 @pytest.fixture(scope="session")
@@ -1245,7 +1266,7 @@ def test_what_only_sharding_forbids_works_in_one_process(tmp_path: Path) -> None
     run_ranks(one_process_refusals, 1, str(tmp_path))
 
 
-# The table. -----------------------------------------------------------------------------------------------------------
+# --- The table ---
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training_arguments.md"
 
