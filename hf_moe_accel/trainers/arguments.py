@@ -78,6 +78,9 @@ def _of_several_ranks(args: Any) -> Iterator[tuple[str, str]]:
             "save_on_each_node=True",
             "each rank writes its part of a checkpoint into one directory, which all nodes have to share",
         )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            yield f"{name}=True", "FSDP2 keeps the dtype of its first forward pass; use bf16=True"
     if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
         yield "debug='underflow_overflow'", "it cannot print sharded weights"
     if args.optim in OPTIMIZERS:

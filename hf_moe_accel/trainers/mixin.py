@@ -23,7 +23,6 @@ from hf_moe_accel.prepare import choose_setup, prepare_moe_model
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.trainers.agree import AgreeingLoader, agreed_count
 from hf_moe_accel.trainers.arguments import refuse_arguments
-from hf_moe_accel.trainers.full_eval import cast_sharded, full_eval_dtype
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -174,9 +173,6 @@ class AcceleratedMoEMixin(_Base):
         """As in the trainer; rank 0's metrics count, so that all ranks decide alike. All ranks must call."""
         if not self._is_distributed:
             return super().evaluation_loop(*args, **kwargs)
-        dtype = full_eval_dtype(self.args)
-        if dtype is not None and not self.is_in_train:
-            cast_sharded(self.model, dtype)
         try:
             output = super().evaluation_loop(*args, **kwargs)
         finally:

@@ -851,27 +851,6 @@ def test_bf16(weights: torch.dtype, how: str, tmp_path: Path) -> None:
             assert_close(torch.tensor(ours.losses).bfloat16(), torch.tensor(expected.losses).bfloat16(), "training")
 
 
-@row("bf16_full_eval", "fp16_full_eval", note="The model is cast to that dtype and stays in it, as in `Trainer`.")
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_full_eval(dtype: str, tmp_path: Path) -> None:
-    arguments = {f"{dtype}_full_eval": True}
-    (expected,) = run_ranks(evaluate_around_training, 1, Trainer, str(tmp_path), arguments)
-    for ours in run_ranks(evaluate_around_training, 2, AcceleratedMoETrainer, str(tmp_path), arguments, init=False):
-        assert ours["dtype"] == expected["dtype"]
-        assert_close(ours["losses"], expected["losses"], "training")
-
-
-def evaluate_around_training(trainer_class: type[Trainer], output_dir: str, arguments: dict[str, Any]) -> Any:
-    trainer = make_trainer(trainer_class, output_dir, arguments=arguments)
-    losses = [trainer.evaluate()["eval_loss"]]
-    trainer = make_trainer(trainer_class, output_dir, arguments=arguments)
-    trainer.train()
-    losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    losses.append(trainer.evaluate()["eval_loss"])
-    losses.append(trainer.evaluate()["eval_loss"])
-    return {"losses": torch.tensor(losses).bfloat16(), "dtype": {p.dtype for p in trainer.model.parameters()}}
-
-
 @row("neftune_noise_alpha", note="As DDP on as many ranks; the hook is gone after training.")
 def test_neftune(tmp_path: Path) -> None:
     arguments = {"neftune_noise_alpha": 5.0}
@@ -1177,6 +1156,8 @@ REFUSED = {
     ),
     "use_liger_kernel": Refused("Delete use_liger_kernel=True.", {"use_liger_kernel": True}),
     "enable_jit_checkpoint": Refused("Delete enable_jit_checkpoint=True.", {"enable_jit_checkpoint": True}),
+    "bf16_full_eval": Refused("Delete bf16_full_eval=True.", {"bf16_full_eval": True}),
+    "fp16_full_eval": Refused("Delete fp16_full_eval=True.", {"fp16_full_eval": True}),
     "even_batches": Refused(
         "Delete even_batches=False in accelerator_config.", {"accelerator_config": {"even_batches": False}}
     ),
@@ -1217,6 +1198,7 @@ def never_reading_weights() -> Iterator[None]:
 @row("use_liger_kernel", "liger_kernel_config", verdict="refused", note="It replaces the forward of the experts.")
 @row("enable_jit_checkpoint", verdict="refused", note="Until runs can be resumed.")
 @row("`accelerator_config` with `even_batches=False`", verdict="refused", note="On several ranks.")
+@row("bf16_full_eval", "fp16_full_eval", verdict="refused", note="On several ranks. `bf16` evaluates in bf16.")
 @row("save_on_each_node", verdict="refused", note="On several ranks, which write into one shared directory.")
 @row("debug", verdict="refused", note="'underflow_overflow' on several ranks: it cannot print sharded weights.")
 @pytest.mark.parametrize("loaded", [False, True], ids=["from disk", "loaded"])
@@ -1258,7 +1240,7 @@ def test_refused_ways_to_load(saved_model: str, tmp_path: Path) -> None:
 
 
 def one_process_refusals(output_dir: str) -> None:
-    for name in ("debug", "optim", "even_batches", "save_on_each_node"):
+    for name in ("debug", "optim", "even_batches", "save_on_each_node", "bf16_full_eval"):
         AcceleratedMoETrainer(model=qwen3_moe(), args=REFUSED[name].make(output_dir))
 
 
