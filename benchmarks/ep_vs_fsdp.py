@@ -4,8 +4,7 @@
     python benchmarks/ep_vs_fsdp.py --repeats 1        # a quick look
 
 The arms run in turn, each time in fresh processes, on the same model, data and optimizer, full fine-tuning. Exits
-with 1
-when ours is below 0.97 of stock expert parallelism.
+with 1 when ours is below 0.97 of stock expert parallelism.
 """
 
 from __future__ import annotations
