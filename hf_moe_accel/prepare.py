@@ -48,7 +48,9 @@ class Setup:
     notes: tuple[str, ...]
 
 
-def prepare_moe_model(model: Any, config: MoEAccelConfig | None = None, *, fsdp_mixed_precision: bool = False) -> Any:
+def prepare_moe_model(
+    model: Any, config: MoEAccelConfig | None = None, *, fsdp_mixed_precision: bool = False, like: Any = None
+) -> Any:
     """Spread a mixture-of-experts model over the ranks and put the fast token path in place. All ranks must call.
 
     With one process nothing is sharded; with several (torchrun) the dense weights are sharded by FSDP2 and the experts
@@ -70,6 +72,8 @@ def prepare_moe_model(model: Any, config: MoEAccelConfig | None = None, *, fsdp_
         config: None means: choose well.
         fsdp_mixed_precision: keep fp32 master weights and compute in bf16 (FSDP2's mixed precision; several ranks
             only). On one process use `torch.autocast`.
+        like: a model that was prepared before, whose process groups serve this one as well where the layout is the
+            same (a reference model, the next trial of a search). None: groups of its own.
 
     Returns:
         The same model.
@@ -92,7 +96,8 @@ def prepare_moe_model(model: Any, config: MoEAccelConfig | None = None, *, fsdp_
     check_model(base, setup.topology)
     names = [name for name, _ in base.named_parameters()]
     if setup.topology.world_size > 1 and not _is_sharded(base):
-        shard_in_place(base, setup.topology, mixed_precision=fsdp_mixed_precision)
+        mesh = _mesh_of(like, setup.topology)
+        shard_in_place(base, setup.topology, mixed_precision=fsdp_mixed_precision, mesh=mesh)
     if setup.topology.ep_size > 1:
         flatten_expert_mesh(base)
     runtime = MoERuntime(
@@ -241,6 +246,14 @@ def report(model: Any, found: Sequence[FoundExperts], setup: Setup) -> str:
         *(f"  not taken   {note}" for note in setup.notes),
     ]
     return "\n".join(lines)
+
+
+def _mesh_of(model: Any, topology: ExpertTopology) -> Any:
+    """The meshes of a prepared model, if it lies on the ranks in this way."""
+    runtime = None if model is None else runtime_of(model)
+    if runtime is None or runtime.topology.sizes != topology.sizes:
+        return None
+    return next((module._mesh_manager for module in model.modules() if "_mesh_manager" in module.__dict__), None)
 
 
 def _world() -> tuple[int, int]:

@@ -64,6 +64,11 @@ class ExpertTopology:
         return cls(world_size, num_experts, int(ep_size), dp_replicate_size)
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(ranks, EP ranks, replicas): models that agree in them can share process groups, whatever their experts."""
+        return self.world_size, self.ep_size, self.dp_replicate_size
+
+    @property
     def fsdp_size(self) -> int:
         """Ranks that shard one copy of the dense weights."""
         return self.world_size // self.dp_replicate_size

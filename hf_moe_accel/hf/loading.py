@@ -61,13 +61,21 @@ def meta_model(auto_class: Any, source: str | os.PathLike[str], config: Any, **k
         return auto_class.from_config(config, **trust)
 
 
-def shard_in_place(model: Any, topology: ExpertTopology, *, mixed_precision: bool) -> None:
+def shard_in_place(model: Any, topology: ExpertTopology, *, mixed_precision: bool, mesh: Any = None) -> None:
     """Shard a loaded model: each rank keeps its slices of its own full copy. All ranks must call.
 
     Rank 0's weights win, as in DDP: ranks that initialised differently would otherwise shard a mixture.
+
+    Args:
+        model: with all its weights.
+        topology: the layout.
+        mixed_precision: see `distributed_config`.
+        mesh: transformers' meshes of another model of the same layout, or None for process groups of its own.
     """
     config = distributed_config(topology, mixed_precision=mixed_precision)
-    _, device, mesh = type(model).prepare_distribute_model(config)
+    if mesh is None:
+        _, _, mesh = type(model).prepare_distribute_model(config)
+    device = mesh.get_mesh("fsdp").device_type
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             on_device = tensor.detach().to(device)

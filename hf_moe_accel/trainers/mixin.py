@@ -99,13 +99,13 @@ class AcceleratedMoEMixin(_Base):
             source, moe_config=self.moe_config, fsdp_mixed_precision=_keeps_masters(structure, training_args)
         )
 
-    def _prepare_model(self, model: Any) -> Any:
+    def _prepare_model(self, model: Any, like: Any = None) -> Any:
         """Prepare a model that training made or was given; does nothing to a dense one or one that is prepared."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if runtime_of(model) is None and choose_setup(base, find_experts(base), self.moe_config) is None:
             return model
         refuse_arguments(self.args)
-        prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=_keeps_masters(base, self.args))
+        prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=_keeps_masters(base, self.args), like=like)
         return model
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -121,7 +121,7 @@ class AcceleratedMoEMixin(_Base):
     def call_model_init(self, trial: Any = None) -> Any:
         """A fresh model for a run or a trial, prepared; the one before gives back what it holds."""
         self._close()
-        return self._prepare_model(super().call_model_init(trial))
+        return self._prepare_model(super().call_model_init(trial), like=self.model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the trainer.

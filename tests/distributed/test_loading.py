@@ -25,6 +25,7 @@ from hf_moe_accel.log import warn_once
 from hf_moe_accel.runtime import runtime_of
 from tests.helpers.loops import load_checkpoint, train_loop
 from tests.helpers.models import ragged_batch_dataset, tiny_config, tiny_model
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import assert_close
 
 Ranks = Callable[..., list[Any]]
@@ -358,3 +359,44 @@ def test_layers_with_different_numbers_of_experts(ranks: Ranks) -> None:
         wanted = float(expected(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss.detach())
         assert_close(loss, wanted, "training")
         assert counts == [16 * 2, 16 * 2]
+
+
+def prepare_one_like_another(ep_sizes: tuple[int, int]) -> tuple[int, torch.Tensor]:
+    """How many process groups a second model added, and its loss."""
+    first = prepare_moe_model(tiny_model("qwen3_moe"), MoEAccelConfig(ep_size=ep_sizes[0]))
+    before = len(dist.distributed_c10d._world.pg_map)
+    second = prepare_moe_model(tiny_model("mixtral"), MoEAccelConfig(ep_size=ep_sizes[1]), like=first)
+    ids = torch.arange(3, 19).view(2, 8)
+    loss = second(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return len(dist.distributed_c10d._world.pg_map) - before, loss.detach()
+
+
+def test_a_model_can_share_the_process_groups_of_another() -> None:
+    ids = torch.arange(3, 19).view(2, 8)
+    expected = tiny_model("mixtral")(input_ids=ids, labels=ids).loss.detach()
+    for added, loss in run_ranks(prepare_one_like_another, 2, (2, 2)):
+        assert added == 0
+        assert_close(loss, expected, "training")
+    for added, loss in run_ranks(prepare_one_like_another, 2, (2, 1)):
+        assert added > 0, "another layout needs groups of its own"
+        assert_close(loss, expected, "training")
+
+
+def train_twice_by_model_init(output_dir: str) -> list[int]:
+    """The number of process groups after each training."""
+    args = TrainingArguments(
+        output_dir=output_dir, use_cpu=True, max_steps=1, save_strategy="no", report_to=[], disable_tqdm=True
+    )
+    data = ragged_batch_dataset(16, 12)
+    trainer = AcceleratedMoETrainer(model_init=lambda: tiny_model("qwen3_moe"), args=args, train_dataset=data)
+    groups = []
+    for _ in range(2):
+        trainer.train()
+        groups.append(len(dist.distributed_c10d._world.pg_map))
+    return groups
+
+
+def test_trials_share_process_groups(tmp_path: Path) -> None:
+    for first, second in run_ranks(train_twice_by_model_init, 2, str(tmp_path), init=False):
+        assert first == second
