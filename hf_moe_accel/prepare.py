@@ -21,7 +21,7 @@ from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.base import ExpertBackend
 from hf_moe_accel.hf.checkpointing import keep_exchanges_when_checkpointing
 from hf_moe_accel.hf.compat import check_versions
-from hf_moe_accel.hf.discover import FoundExperts, find_experts, why_not_standard
+from hf_moe_accel.hf.discover import FoundExperts, base_of, class_name, find_experts, why_not_standard
 from hf_moe_accel.hf.export import export_checkpoint
 from hf_moe_accel.hf.install import bind
 from hf_moe_accel.hf.keys import original_classes
@@ -84,7 +84,7 @@ def prepare_moe_model(
     """
     check_versions()
     config = config or MoEAccelConfig()
-    base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    base = base_of(model)
     prepared = runtime_of(base)
     if prepared is not None:
         _check_prepared(prepared, config)
@@ -112,10 +112,11 @@ def prepare_moe_model(
     keep_exchanges_when_checkpointing(base)
     base.moe_runtime = runtime
     base.save_pretrained = MethodType(_save_pretrained, base)
-    base._get_name = MethodType(_get_name, base)
     if setup.topology.world_size > 1:
+        # Trainer tells by the name of the class what a model is for.
+        base._get_name = MethodType(class_name, base)
         base.resize_token_embeddings = MethodType(_resize_token_embeddings, base)
-    base.load_state_dict = MethodType(_load_state_dict, base)
+        base.load_state_dict = MethodType(_load_state_dict, base)
     assert [name for name, _ in base.named_parameters()] == names, "preparing a model must not rename its parameters"
     say(report(base, found, setup))
     return model
@@ -239,7 +240,7 @@ def report(model: Any, found: Sequence[FoundExperts], setup: Setup) -> str:
     """What was prepared, for people."""
     experts = sorted({item.spec.num_experts for item in found})
     lines = [
-        f"hf_moe_accel: {_get_name(model)}, {len(found)} MoE layers of {' or '.join(map(str, experts))} experts",
+        f"hf_moe_accel: {class_name(model)}, {len(found)} MoE layers of {' or '.join(map(str, experts))} experts",
         f"  layout      {setup.topology.describe()}",
         f"  dispatcher  {setup.dispatcher}",
         f"  experts     {setup.backend}",
@@ -313,11 +314,6 @@ def _make_backend(setup: Setup) -> ExpertBackend:
 
 def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def _get_name(model: nn.Module) -> str:
-    """The name of the model's class before `fully_shard` renamed it: Trainer tells what a model is for by it."""
-    return type(model).__name__.removeprefix("FSDP")
 
 
 def _resize_token_embeddings(

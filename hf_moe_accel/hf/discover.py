@@ -57,6 +57,16 @@ class FoundExperts:
         return weight
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of the module's class before `fully_shard` renamed it to FSDP<Name>."""
+    return type(module).__name__.removeprefix("FSDP")
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PEFT model; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def find_experts(model: nn.Module) -> list[FoundExperts]:
     """The experts modules of a model, in order; empty for a dense model.
 
@@ -81,8 +91,7 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
 def why_not_standard(model: nn.Module) -> str | None:
     """For a mixture-of-experts model whose experts we cannot serve: which and why, as one sentence."""
     for name, module in model.named_modules():
-        # FSDP2 renames a class to FSDP<Name>.
-        reason = _NOT_STANDARD.get(type(module).__name__.removeprefix("FSDP"))
+        reason = _NOT_STANDARD.get(class_name(module))
         if reason is not None:
             return f"{name!r} is of the kind {type(module).__name__}: {reason}. {WHAT_WORKS}"
     return None

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import unwrap_model
 
+from hf_moe_accel.hf.discover import class_name
 from hf_moe_accel.hf.keys import compile_key_plan, to_hub_keys
 from hf_moe_accel.weights.export import export_state
 from hf_moe_accel.weights.gather import rank_and_world_size, same_outcome
@@ -64,7 +65,7 @@ def _check(model: PreTrainedModel) -> None:
 def _save_config(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
     """What `save_pretrained` does beside the weights; on rank 0 only, but for the values that it sets."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.architectures = [class_name(model)]
     if rank_and_world_size()[0] != 0:
         return
     if model.is_remote_code():

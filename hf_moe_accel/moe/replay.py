@@ -39,9 +39,8 @@ class Region:
         return self._next is not None
 
     def keep(self, exchange: Exchange) -> None:
-        """Record, in the forward pass. Does nothing in the recompute."""
-        if not self.recomputes:
-            self._kept.append(exchange)
+        """Record, in the forward pass."""
+        self._kept.append(exchange)
 
     def replay(self, ids_TK: Tensor) -> Exchange | None:
         """The exchange of the next layer, in the recompute; None in the forward pass.

@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 
 from hf_moe_accel.auto import AutoModelForCausalLM
 from hf_moe_accel.config import MoEAccelConfig
-from hf_moe_accel.hf.discover import find_experts
+from hf_moe_accel.hf.discover import base_of, find_experts
 from hf_moe_accel.hf.loading import load_weights, meta_model
 from hf_moe_accel.log import warn_once
 from hf_moe_accel.prepare import choose_setup, prepare_moe_model
@@ -101,7 +101,7 @@ class AcceleratedMoEMixin(_Base):
 
     def _prepare_model(self, model: Any, like: Any = None) -> Any:
         """Prepare a model that training made or was given; does nothing to a dense one or one that is prepared."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         if runtime_of(model) is None and choose_setup(base, find_experts(base), self.moe_config) is None:
             return model
         refuse_arguments(self.args)

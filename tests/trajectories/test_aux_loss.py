@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig
 from tests.helpers.loops import load_checkpoint
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import assert_close
+from tests.helpers.trajectories import trajectory_arguments
 
 WORLD_SIZE = 2
 STEPS = 6
@@ -28,22 +29,7 @@ def train(name: str, output_dir: str, ours: bool) -> dict[str, Any]:
     model = tiny_model(name, output_router_logits=True, router_aux_loss_coef=COEFFICIENT)
     auxiliary: list[float] = []
     model.register_forward_hook(lambda _, args, output: auxiliary.append(float(output.aux_loss)))
-    args = TrainingArguments(
-        output_dir=output_dir,
-        use_cpu=True,
-        per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=2,
-        max_steps=STEPS,
-        logging_steps=1,
-        learning_rate=3e-3,
-        lr_scheduler_type="constant",
-        adam_epsilon=1e-3,
-        max_grad_norm=1.0,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
+    args = trajectory_arguments(output_dir, BATCH, 2, STEPS)
     data = ragged_batch_dataset(2 * BATCH * WORLD_SIZE * STEPS, 24, seed=7)
     if ours:
         trainer = AcceleratedMoETrainer(model, args, train_dataset=data, moe_config=MoEAccelConfig(ep_size=2))

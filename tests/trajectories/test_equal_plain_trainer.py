@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 
 from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig
+from tests.helpers.loops import load_checkpoint
 from tests.helpers.models import TRAINED_MOE, ragged_batch_dataset, tiny_model
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import assert_close
+from tests.helpers.trajectories import trajectory_arguments
 
 pytestmark = pytest.mark.trajectory
 
@@ -27,24 +27,8 @@ def train(
     name: str, output_dir: str, world_size: int, trainer_class: Any, arguments: dict[str, Any], **options: Any
 ) -> list[tuple[float, float]]:
     """[(loss, gradient norm)] by step; saves the model in `output_dir`/final."""
-    args = TrainingArguments(
-        output_dir=output_dir,
-        use_cpu=True,
-        per_device_train_batch_size=GLOBAL_BATCH // world_size // ACCUMULATION,
-        gradient_accumulation_steps=ACCUMULATION,
-        max_steps=STEPS,
-        logging_steps=1,
-        learning_rate=3e-3,
-        lr_scheduler_type="constant",
-        # At the first step nothing is left of a gradient but its sign, however small and inexact it is.
-        adam_epsilon=1e-3,
-        max_grad_norm=1.0,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        **arguments,
-    )
+    batch = GLOBAL_BATCH // world_size // ACCUMULATION
+    args = trajectory_arguments(output_dir, batch, ACCUMULATION, STEPS, **arguments)
     model = tiny_model(name, **options.pop("model", {}))
     trainer = trainer_class(
         model=model, args=args, train_dataset=ragged_batch_dataset(GLOBAL_BATCH * STEPS, 24, seed=3), **options
@@ -106,7 +90,3 @@ def assert_same_checkpoint(actual: Path, expected: Path) -> None:
     _, info = AutoModelForCausalLM.from_pretrained(actual, output_loading_info=True)
     assert not any(info.values()), info
     assert "hf_moe_accel" not in (actual / "config.json").read_text()
-
-
-def load_checkpoint(directory: Path) -> dict[str, torch.Tensor]:
-    return {key: value for file in directory.glob("*.safetensors") for key, value in load_file(file).items()}
