@@ -54,6 +54,14 @@ class MoEAccelConfig:
             "minutes."
         },
     )
+    async_save: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on training while a checkpoint is written. Each rank keeps a copy of its shard of the weights "
+            "and of the optimizer in host memory until it is written. One checkpoint at a time; an error is raised at "
+            "the next save or at the end of training."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check each value by arithmetic alone; no device, no network, no process group is touched."""

@@ -22,7 +22,7 @@ from hf_moe_accel.experts.base import ExpertBackend
 from hf_moe_accel.hf.checkpointing import keep_exchanges_when_checkpointing
 from hf_moe_accel.hf.compat import check_versions
 from hf_moe_accel.hf.discover import FoundExperts, base_of, class_name, find_experts, why_not_standard
-from hf_moe_accel.hf.export import export_checkpoint
+from hf_moe_accel.hf.export import MAX_SHARD_SIZE, export_and_upload, prepare_export
 from hf_moe_accel.hf.install import bind
 from hf_moe_accel.hf.keys import original_classes
 from hf_moe_accel.hf.loading import distributed_config, flatten_expert_mesh, shard_in_place
@@ -112,6 +112,7 @@ def prepare_moe_model(
     keep_exchanges_when_checkpointing(base)
     base.moe_runtime = runtime
     base.save_pretrained = MethodType(_save_pretrained, base)
+    base.push_to_hub = MethodType(_push_to_hub, base)
     if setup.topology.world_size > 1:
         # Trainer tells by the name of the class what a model is for.
         base._get_name = MethodType(class_name, base)
@@ -341,23 +342,39 @@ def _save_pretrained(
     is_main_process: bool = True,
     state_dict: dict[str, Any] | None = None,
     push_to_hub: bool = False,
-    max_shard_size: int | str = "50GB",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     **kwargs: Any,
 ) -> None:
     """`save_pretrained` of a prepared model: a standard checkpoint, each rank writing its part. All ranks must call.
 
     Files are in the original hub keys and load with plain transformers. Arguments are those of
-    `PreTrainedModel.save_pretrained`; with any but the first, `is_main_process` and `max_shard_size`, transformers'
-    own code runs, which gathers the whole model on rank 0.
+    `PreTrainedModel.save_pretrained`; with others than named here, and those of the upload, transformers' own code
+    runs, which gathers the whole model on rank 0.
     """
     adapters = getattr(model, "_hf_peft_config_loaded", False)
-    if state_dict is None and not push_to_hub and not kwargs and not adapters:
-        export_checkpoint(model, save_directory, max_shard_size=max_shard_size)
+    uploads = {"repo_id", "commit_message", "create_pr", "private", "token"} if push_to_hub else set()
+    if state_dict is not None or adapters or not set(kwargs) <= uploads:
+        with original_classes(model):
+            type(model).save_pretrained(
+                model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs
+            )
         return
-    with original_classes(model):
-        type(model).save_pretrained(
-            model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs
-        )
+    if push_to_hub:
+        kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        export_and_upload(model, save_directory, max_shard_size=max_shard_size, tags=model.model_tags, **kwargs)
+        return
+    export = prepare_export(model, save_directory, max_shard_size=max_shard_size)
+    runtime = runtime_of(model)
+    assert runtime is not None
+    if runtime.saving is None:
+        export.write(export.ranks)
+    else:
+        runtime.saving.add(export)
+
+
+def _push_to_hub(model: Any, repo_id: str, **kwargs: Any) -> str | None:
+    """`push_to_hub` of a prepared model, with its arguments. All ranks must call."""
+    return export_and_upload(model, None, repo_id=repo_id, **kwargs)
 
 
 def _load_state_dict(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

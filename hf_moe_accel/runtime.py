@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_moe_accel.dispatch.base import TokenDispatcher
     from hf_moe_accel.experts.base import ExpertBackend
     from hf_moe_accel.topology import ExpertTopology
+    from hf_moe_accel.weights.checkpoint import CheckpointSave
 
 
 class MoERuntime:
@@ -49,6 +50,7 @@ class MoERuntime:
         self.backend = backend
         self.num_experts = num_experts
         self.collective_timeout = collective_timeout
+        self.saving: CheckpointSave | None = None  # where the model's weights go while a trainer saves a checkpoint
         self.stats = RoutingStats(len(num_experts), max(num_experts))
         self._passes = 0
         self._name = _name_of_a_model() if topology.ep_size > 1 else ""

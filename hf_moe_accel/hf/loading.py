@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_moe_accel.hf.install import NAME
 from hf_moe_accel.hf.keys import original_classes
@@ -110,11 +112,9 @@ def load_weights(model: Any, directory: str | os.PathLike[str]) -> None:
     Every rank reads only its own slices. Parameters keep their identity, so optimizer and FSDP2 still hold them.
 
     Raises:
-        ValueError: there is no safetensors file, or its keys are not the model's.
+        ValueError: there are no safetensors weights, or their keys are not the model's.
     """
-    files = sorted(str(path) for path in Path(directory).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{directory} holds no *.safetensors file: give the directory of a saved checkpoint.")
+    files = _weight_files(Path(directory))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -146,6 +146,17 @@ def load_weights(model: Any, directory: str | os.PathLike[str]) -> None:
             module._parameters[key] = parameter
     if any(wrong.values()):
         raise ValueError(f"{directory} does not fit {type(model).__name__}: {wrong}")
+
+
+def _weight_files(directory: Path) -> list[str]:
+    """The files that belong to the checkpoint, whatever else lies in its directory."""
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SAFE_WEIGHTS_NAME}
+    files = sorted(str(directory / name) for name in names)
+    missing = [file for file in files if not os.path.exists(file)]
+    if missing:
+        raise ValueError(f"{directory} lacks {missing[0]}: give the directory of a saved checkpoint.")
+    return files
 
 
 def _named_parameters(model: Any) -> list[tuple[str, Any, str, Any]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -17,25 +16,19 @@ from transformers.trainer_utils import has_length
 from hf_moe_accel.auto import AutoModelForCausalLM
 from hf_moe_accel.config import MoEAccelConfig
 from hf_moe_accel.hf.discover import base_of, find_experts
-from hf_moe_accel.hf.loading import load_weights, meta_model
-from hf_moe_accel.log import warn_once
+from hf_moe_accel.hf.loading import meta_model
 from hf_moe_accel.prepare import choose_setup, prepare_moe_model
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.trainers.agree import AgreeingLoader, agreed_count
 from hf_moe_accel.trainers.arguments import refuse_arguments
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+from hf_moe_accel.trainers.checkpoints import CheckpointMixin
 
 
-class AcceleratedMoEMixin(_Base):
+class AcceleratedMoEMixin(CheckpointMixin):
     """Put it first in the bases: `class Mine(AcceleratedMoEMixin, AnyTrainer)`.
 
     The model is prepared in `create_accelerator_and_postprocess`: after PEFT and the process group, before placement,
-    optimizer and reference models. Checkpoints hold the model, in standard files; the optimizer state of a
-    mixture-of-experts model is not saved yet, so such a run cannot be resumed.
+    optimizer and reference models. Checkpoints are those of `CheckpointMixin`.
     """
 
     def __init__(self, *args: Any, moe_config: MoEAccelConfig | None = None, **kwargs: Any) -> None:
@@ -64,11 +57,6 @@ class AcceleratedMoEMixin(_Base):
             if self._user_save_only_model is not None:
                 self.args.save_only_model = self._user_save_only_model
         self._check_optimizer()
-        if self._moe_runtime is not None and self.args.save_strategy != "no" and not self.args.save_only_model:
-            warn_once(
-                "hf_moe_accel: checkpoints hold the model only: the optimizer state of a mixture-of-experts model is "
-                "not saved yet, and the run cannot be resumed. save_only_model=True says so and ends this warning."
-            )
 
     def _check_optimizer(self) -> None:
         """Refuse an optimizer that was made before sharding, which would train parameters that nothing reads."""
@@ -127,16 +115,18 @@ class AcceleratedMoEMixin(_Base):
         """As in the trainer.
 
         Raises:
-            ValueError: `resume_from_checkpoint` is given for a mixture-of-experts model.
+            ValueError: there is no checkpoint to resume from, or its files are not as they were saved; names each
+                one, and the newest intact checkpoint.
+            AllRanksError: a checkpoint could not be saved.
         """
         if resume_from_checkpoint and self._moe_runtime is not None:
-            raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}: runs of mixture-of-experts models cannot be "
-                "resumed yet, since their optimizer state is not saved. To go on from the saved weights with a new "
-                "optimizer, load that directory as the model and call train() without resume_from_checkpoint."
+            resume_from_checkpoint = self._resolve_resume(
+                None if resume_from_checkpoint is True else resume_from_checkpoint
             )
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._finish_save()
+            return result
         except _TrialEnded:
             return None
         finally:
@@ -204,30 +194,6 @@ class AcceleratedMoEMixin(_Base):
     def _is_distributed(self) -> bool:
         runtime = self._moe_runtime
         return runtime is not None and runtime.topology.world_size > 1
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint of a mixture-of-experts model holds the model and the trainer's state."""
-        if self._moe_runtime is None:
-            super()._save_checkpoint(model, trial)
-            return
-        with self._saving_only_the_model():
-            super()._save_checkpoint(model, trial)
-
-    def _load_best_model(self) -> None:
-        """Read the best checkpoint into the live model. All ranks must call."""
-        if self._moe_runtime is None or hasattr(self.model, "peft_config"):
-            super()._load_best_model()
-            return
-        load_weights(self.model, self.state.best_model_checkpoint)
-
-    @contextmanager
-    def _saving_only_the_model(self) -> Iterator[None]:
-        chosen = self.args.save_only_model
-        self.args.save_only_model = True
-        try:
-            yield
-        finally:
-            self.args.save_only_model = chosen
 
     def _close(self) -> None:
         runtime = self._moe_runtime

@@ -2,7 +2,8 @@
 
 All ranks compute the same list of jobs from the plan and from where the rows lie, so nothing needs to be agreed on but
 the outcome. A job goes to a rank that holds all that it reads, where there is one; what has to be brought together is
-spread over the ranks by bytes. A rank holds one hub tensor beyond its shard at any time.
+spread over the ranks by bytes. Large tensors are brought together and written by row ranges: beyond its shard, a rank
+holds a part of a hub tensor at any time.
 """
 
 from __future__ import annotations
@@ -13,21 +14,27 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
-from hf_moe_accel.weights.gather import Rows, gather_rows, held_rows, rank_and_world_size, same_outcome
+from hf_moe_accel.weights.files import flush_directory, write_json
+from hf_moe_accel.weights.gather import gather_rows
 from hf_moe_accel.weights.plan import HubTensor, KeyPlan
+from hf_moe_accel.weights.ranks import Ranks
+from hf_moe_accel.weights.shards import Rows, Shard
 
 INDEX_NAME = "model.safetensors.index.json"
 # A file's name until the whole checkpoint is complete: nobody takes a half-written file for a weight file.
 PARTIAL = ".partial"
+# Tensors are brought together and written in parts of this size, or of a quarter of a file where files are small.
+MAX_PART_BYTES = 256 * 2**20
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -49,11 +56,12 @@ Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 def export_state(
     plan: KeyPlan,
-    tensors: Mapping[str, Tensor],
+    shards: Mapping[str, Shard],
     directory: str | os.PathLike[str],
     *,
-    max_shard_size: int | str,
+    max_file_bytes: int,
     convert: Convert,
+    ranks: Ranks,
 ) -> None:
     """Write the weight files of a checkpoint, and its index where there are several, in place of older ones.
 
@@ -61,34 +69,38 @@ def export_state(
 
     Args:
         plan: what to write.
-        tensors: the live tensors by the names that the plan reads: plain ones, or DTensors of FSDP2 and EP.
+        shards: what this rank holds of the tensors, by the names that `sources(plan)` lists.
         directory: an existing directory.
-        max_shard_size: upper limit of a file's tensors in bytes, or a text such as "5GB"; a larger tensor gets a file
-            of its own.
+        max_file_bytes: upper limit of a file's tensors; a larger tensor gets a file of its own.
         convert: makes the tensors of a `ConvertedGroup` from all its sources.
+        ranks: who writes.
 
     Raises:
-        ValueError: a tensor's layout or dtype cannot be written, or `max_shard_size` cannot be read.
-        RuntimeError: a rank could not write its part; the files of an older checkpoint are then as they were. One
+        ValueError: a tensor's dtype cannot be written.
+        AllRanksError: a rank could not write its part; the files of an older checkpoint are then as they were. One
             process raises the error itself.
     """
-    rank, world_size = rank_and_world_size()
     directory = Path(directory)
-    held = held_rows({name: tensors[name] for name in _sources(plan)}, world_size)
-    jobs = _assign(plan, held, world_size)
-    files = _pack(plan, jobs, max_shard_size)
+    jobs = _assign(plan, shards, ranks.world_size)
+    files = _pack(plan, jobs, max_file_bytes)
+    mine = [file for file in files if file.writer == ranks.rank]
     task = f"Saving weights to {directory}"
     try:
-        with same_outcome(task):
-            _write_jobs(jobs, files, tensors, held, directory, convert)
-        with same_outcome(task):
-            if rank == 0:
+        with ranks.same_outcome(task):
+            _write_jobs(jobs, mine, shards, directory, max_file_bytes, convert, ranks)
+        with ranks.same_outcome(task):
+            if ranks.rank == 0:
                 _commit(directory, files, plan)
     except BaseException:
-        for file in files:
-            if file.writer == rank:
-                (directory / (file.name + PARTIAL)).unlink(missing_ok=True)
+        for file in mine:
+            (directory / (file.name + PARTIAL)).unlink(missing_ok=True)
         raise
+
+
+def sources(plan: KeyPlan) -> list[str]:
+    """The names of the live tensors that a plan reads."""
+    views = (view.source for tensor in plan.tensors for view in tensor.views)
+    return list(dict.fromkeys([*views, *(source for group in plan.groups for source in group.sources)]))
 
 
 @dataclass(eq=False)
@@ -100,10 +112,23 @@ class _Job:
     converted: bool  # a ConvertedGroup, not one HubTensor
     owners: list[int]  # ranks that hold all that it reads; where there is none, rows move
     writer: int = 0
+    first_byte: int = 0  # of a part of a tensor, in the tensor
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def parts(self, max_bytes: int) -> Iterator[_Job]:
+        """The job in steps that each read and write at most `max_bytes`, where the tensor can be cut."""
+        if self.converted:
+            yield self
+            return
+        for first_byte, part in self.tensors[0].parts(max_bytes):
+            yield replace(self, tensors=(part,), reads=_reads(part), first_byte=first_byte)
+
+
+def _reads(tensor: HubTensor) -> tuple[tuple[str, Rows], ...]:
+    return tuple((view.source, view.rows) for view in tensor.views)
 
 
 @dataclass(frozen=True)
@@ -115,12 +140,7 @@ class _File:
     tensors: tuple[HubTensor, ...]
 
 
-def _sources(plan: KeyPlan) -> list[str]:
-    views = (view.source for tensor in plan.tensors for view in tensor.views)
-    return list(dict.fromkeys([*views, *(source for group in plan.groups for source in group.sources)]))
-
-
-def _assign(plan: KeyPlan, held: Mapping[str, tuple[Rows, ...]], world_size: int) -> list[_Job]:
+def _assign(plan: KeyPlan, shards: Mapping[str, Shard], world_size: int) -> list[_Job]:
     """All that is to be done, and by whom; the same list on every rank."""
 
     @cache  # layer upon layer lies alike
@@ -129,12 +149,12 @@ def _assign(plan: KeyPlan, held: Mapping[str, tuple[Rows, ...]], world_size: int
         return {rank for rank, (first, end) in enumerate(rows_of) if first <= start and stop <= end}
 
     def job(tensors: tuple[HubTensor, ...], reads: tuple[tuple[str, Rows], ...], converted: bool) -> _Job:
-        owners = set.intersection(*(holders(held[name], wanted) for name, wanted in reads))
+        owners = set.intersection(*(holders(shards[name].held, wanted) for name, wanted in reads))
         return _Job(tensors, reads, converted, sorted(owners))
 
-    jobs = [job((tensor,), tuple((view.source, view.rows) for view in tensor.views), False) for tensor in plan.tensors]
+    jobs = [job((tensor,), _reads(tensor), False) for tensor in plan.tensors]
     for group in plan.groups:
-        reads = tuple((name, (0, max(stop for _, stop in held[name]))) for name in group.sources)
+        reads = tuple((name, (0, shards[name].num_rows)) for name in group.sources)
         jobs.append(job(group.tensors, reads, True))
 
     # Those without a choice first, then the large ones: the rest evens the load out.
@@ -146,7 +166,7 @@ def _assign(plan: KeyPlan, held: Mapping[str, tuple[Rows, ...]], world_size: int
     return sorted(jobs, key=lambda job: bool(job.owners))
 
 
-def _pack(plan: KeyPlan, jobs: Sequence[_Job], max_shard_size: int | str) -> list[_File]:
+def _pack(plan: KeyPlan, jobs: Sequence[_Job], max_file_bytes: int) -> list[_File]:
     """The files of all ranks: rank 0's first, each rank's cut as transformers cuts a whole checkpoint."""
     writer_of = {tensor.key: job.writer for job in jobs for tensor in job.tensors}
     by_writer: dict[int, dict[str, HubTensor]] = {writer: {} for writer in sorted(set(writer_of.values()))}
@@ -160,7 +180,7 @@ def _pack(plan: KeyPlan, jobs: Sequence[_Job], max_shard_size: int | str) -> lis
             tensors,
             get_storage_size=lambda tensor: tensor.nbytes,
             filename_pattern="{suffix}",
-            max_shard_size=max_shard_size,
+            max_shard_size=max_file_bytes,
         )
         shards += [(writer, tuple(tensors[key] for key in keys)) for keys in split.filename_to_tensors.values()]
     if len(shards) == 1:
@@ -173,49 +193,58 @@ def _pack(plan: KeyPlan, jobs: Sequence[_Job], max_shard_size: int | str) -> lis
 
 def _write_jobs(
     jobs: Sequence[_Job],
-    files: Sequence[_File],
-    tensors: Mapping[str, Tensor],
-    held: Mapping[str, Sequence[Rows]],
+    mine: Sequence[_File],
+    shards: Mapping[str, Shard],
     directory: Path,
+    max_file_bytes: int,
     convert: Convert,
+    ranks: Ranks,
 ) -> None:
     """Do this rank's jobs, and its part in the others'. All ranks must call."""
-    rank, _ = rank_and_world_size()
-    device = next((t.device_mesh.device_type for t in tensors.values() if isinstance(t, DTensor)), "cpu")
-    file_of = {tensor.key: file for file in files if file.writer == rank for tensor in file.tensors}
+    file_of = {tensor.key: file for file in mine for tensor in file.tensors}
+    part_bytes = max(1, min(MAX_PART_BYTES, max_file_bytes // 4))
     failure: Exception | None = None
     with ExitStack() as stack:
+        bar = stack.enter_context(_progress(sum(job.nbytes for job in jobs if job.writer == ranks.rank), ranks))
         opened: dict[str, _TensorFile] = {}
         for job in jobs:
-            if job.owners and job.writer != rank:
+            if job.owners and job.writer != ranks.rank:
                 continue
-            rows = [gather_rows(tensors[name], wanted, held[name], job.writer, device) for name, wanted in job.reads]
-            # After an error the other ranks still wait for the rows that this one holds.
-            if job.writer != rank or failure is not None:
-                continue
-            try:
-                for tensor, value in _build(job, rows, tensors, convert):
-                    file = file_of[tensor.key]
-                    if file.name not in opened:
-                        path = directory / (file.name + PARTIAL)
-                        opened[file.name] = stack.enter_context(_TensorFile(path, file.tensors))
-                    opened[file.name].write(tensor, value)
-            except Exception as error:
-                failure = error
+            for part in job.parts(part_bytes):
+                rows = [gather_rows(shards[name], wanted, job.writer, ranks) for name, wanted in part.reads]
+                # After an error the other ranks still wait for the rows that this one holds.
+                if job.writer != ranks.rank or failure is not None:
+                    continue
+                try:
+                    for tensor, value in _build(part, rows, shards, convert):
+                        file = file_of[tensor.key]
+                        if file.name not in opened:
+                            path = directory / (file.name + PARTIAL)
+                            opened[file.name] = stack.enter_context(_TensorFile(path, file.tensors))
+                        opened[file.name].write(tensor, value, part.first_byte)
+                        bar.update(tensor.nbytes)
+                except Exception as error:
+                    failure = error
     if failure is not None:
         raise failure
 
 
+def _progress(total: int, ranks: Ranks) -> Any:
+    """A bar on rank 0, of its own part, once saving takes longer than a moment."""
+    options = {"desc": "Saving weights", "unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
+    return tqdm(total=total, delay=2.0, disable=ranks.rank != 0, **options)
+
+
 def _build(
-    job: _Job, rows: Sequence[Tensor | None], tensors: Mapping[str, Tensor], convert: Convert
+    job: _Job, rows: Sequence[Tensor | None], shards: Mapping[str, Shard], convert: Convert
 ) -> Iterator[tuple[HubTensor, Tensor]]:
     """The values of a job's tensors, from the rows that it reads."""
     read = [part for part in rows if part is not None]
     if not job.converted:
         yield job.tensors[0], job.tensors[0].build(read)
         return
-    sources = {name: part.reshape(tensors[name].shape) for (name, _), part in zip(job.reads, read, strict=True)}
-    made = convert(sources)
+    whole = {name: part.reshape(shards[name].shape) for (name, _), part in zip(job.reads, read, strict=True)}
+    made = convert(whole)
     for tensor in job.tensors:
         yield tensor, made[tensor.key]
 
@@ -241,14 +270,19 @@ class _TensorFile(AbstractContextManager["_TensorFile"]):
         self._file = open(path, "wb")
         self._file.write(struct.pack("<Q", len(text)) + text)
 
-    def write(self, tensor: HubTensor, value: Tensor) -> None:
-        """Write the values of one tensor."""
+    def write(self, tensor: HubTensor, value: Tensor, first_byte: int) -> None:
+        """Write the values of one tensor, or of a part of it that begins at `first_byte` of its data."""
         assert tensor.shape == value.shape and tensor.dtype == value.dtype, (tensor, value.shape, value.dtype)
-        self._file.seek(self._data_start + self._starts[tensor.key])
+        self._file.seek(self._data_start + self._starts[tensor.key] + first_byte)
         self._file.write(value.cpu().contiguous().view(value.numel()).view(torch.uint8).numpy().data)
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self._file.flush()
+            if kind is None:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
 
 
 def _commit(directory: Path, files: Sequence[_File], plan: KeyPlan) -> None:
@@ -262,6 +296,7 @@ def _commit(directory: Path, files: Sequence[_File], plan: KeyPlan) -> None:
         )
     for name in names:
         os.replace(directory / (name + PARTIAL), directory / name)
+    flush_directory(directory)
     index_path = directory / INDEX_NAME
     if len(files) > 1:
         index = {
@@ -271,7 +306,7 @@ def _commit(directory: Path, files: Sequence[_File], plan: KeyPlan) -> None:
             },
             "weight_map": {tensor.key: file.name for file in files for tensor in file.tensors},
         }
-        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_json(index_path, index, sort_keys=True)
     else:
         index_path.unlink(missing_ok=True)
     for path in directory.iterdir():

@@ -125,6 +125,27 @@ class HubTensor:
         """Its size in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def parts(self, max_bytes: int) -> list[tuple[int, HubTensor]]:
+        """The tensor cut along dim 0 into parts of at most `max_bytes`, with the first byte of each in its data.
+
+        One part where it is small enough, or where a cut would not make less of the sources be read at a time.
+        """
+        whole = [(0, self)]
+        if self.nbytes <= max_bytes or not self.views or (len(self.views) > 1 and self.dim != 0):
+            return whole
+        row = self.nbytes // self.shape[0]
+        step = max(1, max_bytes // row)
+        parts: list[tuple[int, HubTensor]] = []
+        first = 0
+        for view in self.views:
+            for start in range(0, view.shape[0], step):
+                cut = view.narrow(0, start, min(step, view.shape[0] - start))
+                if cut is None or cut.rows == view.rows:
+                    return whole
+                parts.append((first * row, replace(self, shape=(cut.shape[0], *self.shape[1:]), views=(cut,))))
+                first += cut.shape[0]
+        return parts
+
     def build(self, rows: Sequence[Tensor]) -> Tensor:
         """The tensor, from the rows that each view reads; it may share memory with them."""
         parts = [view.read(part) for view, part in zip(self.views, rows, strict=True)]

@@ -14,7 +14,9 @@ from transformers.distributed import DistributedConfig
 
 from hf_moe_accel.hf.export import export_checkpoint
 from hf_moe_accel.weights import export as export_module
-from hf_moe_accel.weights.gather import gather_rows, held_rows, same_outcome
+from hf_moe_accel.weights.gather import gather_rows
+from hf_moe_accel.weights.ranks import Ranks
+from hf_moe_accel.weights.shards import shards_of
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 
 LAYOUTS = {
@@ -173,11 +175,11 @@ def failing_export(directory, layout, failing_rank):
     if dist.get_rank() == failing_rank:
         write, calls = export_module._TensorFile.write, []
 
-        def full(self, tensor, value):
+        def full(self, tensor, value, first_byte):
             calls.append(tensor)
             if len(calls) > 2:
                 raise OSError(28, "No space left on device")
-            write(self, tensor, value)
+            write(self, tensor, value, first_byte)
 
         export_module._TensorFile.write = full
     try:
@@ -214,12 +216,12 @@ def gather_each_range(layout, num_experts):
     state = model.state_dict()
     tensors = {name: state[name] for name in ("model.layers.0.mlp.experts.down_proj", "model.norm.weight")}
     count = 0
-    for name, held in held_rows(tensors, world_size).items():
+    for name, shard in shards_of(tensors, world_size).items():
         full = tensors[name].full_tensor()
         for to in range(world_size):
             for start in range(0, len(full), max(1, len(full) // 8)):
                 for stop in range(start + 1, len(full) + 1, max(1, len(full) // 4)):
-                    rows = gather_rows(tensors[name], (start, stop), held, to, "cpu")
+                    rows = gather_rows(shard, (start, stop), to, Ranks())
                     assert (rows is not None) == (rank == to)
                     assert rows is None or torch.equal(rows, full[start:stop])
                     count += 1
@@ -232,14 +234,14 @@ def layout_that_is_not_ours():
 
     columns = distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (2,)), [Shard(1)])
     with pytest.raises(ValueError, match="w lies as"):
-        held_rows({"w": columns}, 2)
+        shards_of({"w": columns}, 2)
 
 
 def outcomes():
-    with same_outcome("Nothing"):
+    with Ranks().same_outcome("Nothing"):
         pass
     try:
-        with same_outcome("Counting"):
+        with Ranks().same_outcome("Counting"):
             if dist.get_rank() == 1:
                 raise KeyError("three")
     except RuntimeError as error:

@@ -13,6 +13,7 @@ from hf_moe_accel.hf.export import export_checkpoint
 from hf_moe_accel.hf.keys import compile_key_plan, to_hub_keys
 from hf_moe_accel.weights.export import _assign
 from hf_moe_accel.weights.plan import View
+from hf_moe_accel.weights.shards import Shard
 from tests.helpers.models import DENSE, MOE, NUM_EXPERTS, tiny_config, tiny_model
 
 TEXT = {
@@ -317,7 +318,9 @@ def test_owners_write_their_experts_and_the_rest_is_spread_by_bytes():
     world_size, per_rank = 4, NUM_EXPERTS // 4
     experts = tuple((rank * per_rank, (rank + 1) * per_rank) for rank in range(world_size))
     dense = ((0, 3), (3, 6), (6, 9), (9, 128))  # no tensor here lies on one rank
-    jobs = _assign(plan, {name: experts if "experts" in name else dense for name in sources}, world_size)
+    rows = torch.empty(0)
+    shards = {name: Shard((128,), rows, experts if "experts" in name else dense) for name in sources}
+    jobs = _assign(plan, shards, world_size)
 
     moved = [job for job in jobs if not job.owners]
     assert jobs[: len(moved)] == moved and all("experts" not in job.tensors[0].key for job in moved)
@@ -384,7 +387,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     export_checkpoint(old, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(self, tensor, value):
+    def full(self, tensor, value, first_byte):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hf_moe_accel.weights.export._TensorFile.write", full)

@@ -1,0 +1,214 @@
+"""The checkpoints of a run, each of which is there whole or not at all.
+
+    run/checkpoint-20/               complete: its manifest was written last, and then it got this name
+    run/_partial/checkpoint-30/      being written, or what a run that died has left; removed by the next save
+    run/_replaced/checkpoint-30/     the one before of the same name, until the new one has taken its place
+
+Names with an underscore are what Trainer's uploads to the Hub leave out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from hf_moe_accel.log import say
+from hf_moe_accel.weights.files import flush_directory, read_json
+from hf_moe_accel.weights.manifest import MANIFEST_NAME, check_manifest, write_manifest
+from hf_moe_accel.weights.ranks import Ranks
+
+PARTIAL = "_partial"
+REPLACED = "_replaced"
+STATE_FOLDER = "training_state"
+STATE_NAME = "state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class Part(Protocol):
+    """What can be written to a checkpoint now, or later from a copy."""
+
+    def copy(self) -> Part:
+        """The same, from memory that training does not change."""
+
+    def write(self, ranks: Ranks) -> None:
+        """Write it. All ranks must call."""
+
+
+class CheckpointSave:
+    """One checkpoint on its way to the disk. All ranks must call every method.
+
+    Args:
+        final: where it will lie: `run/checkpoint-<step>`.
+        ranks: who writes.
+        background: of the same processes, a group for the thread that writes while training goes on; None writes
+            everything at once.
+    """
+
+    def __init__(self, final: Path, ranks: Ranks, background: Ranks | None = None) -> None:
+        """Touch nothing yet."""
+        self.final = final
+        self.directory = final.parent / PARTIAL / final.name
+        self._ranks = ranks
+        self._background = background
+        self._parts: list[Part] = []
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def begin(self) -> None:
+        """Make an empty directory to write to, in the place of whatever a run that died has left.
+
+        Raises:
+            AllRanksError: it cannot be made, or not all ranks see it.
+        """
+        with self._ranks.same_outcome(f"Saving {self.final}"):
+            if self._ranks.rank == 0:
+                recover(self.final.parent)
+                _remove(self.final.parent / PARTIAL)
+                (self.directory / STATE_FOLDER).mkdir(parents=True)
+        with self._ranks.same_outcome(f"Saving {self.final}"):
+            if not self.directory.is_dir():
+                raise FileNotFoundError(
+                    f"rank 0 has made {self.directory}, which is not there for this rank: output_dir must lie on a "
+                    "file system that all ranks share"
+                )
+
+    def add(self, part: Part) -> None:
+        """Write a part, or keep a copy to write in the background."""
+        if self._background is None:
+            part.write(self._ranks)
+        else:
+            self._parts.append(part.copy())
+
+    def complete(self, then: Callable[[], None]) -> None:
+        """Write what is left, seal the checkpoint and give it its name; in the background if there is one.
+
+        Args:
+            then: what rank 0 does once the checkpoint is complete, for example delete older ones.
+        """
+        if self._background is None:
+            self._finish(self._ranks, then)
+            return
+        self._thread = threading.Thread(
+            target=self._finish_in_background, args=(self._background, then), name="hf-moe-accel-save", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the background, and raise what went wrong there."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def discard(self) -> None:
+        """Remove what was written. Not a collective."""
+        self._parts.clear()
+        if self._ranks.rank == 0:
+            shutil.rmtree(self.directory.parent, ignore_errors=True)
+
+    def _finish(self, ranks: Ranks, then: Callable[[], None]) -> None:
+        while self._parts:
+            # Taken off the list, so that its copy is freed once it is written.
+            self._parts.pop(0).write(ranks)
+        write_manifest(self.directory, ranks)
+        with ranks.same_outcome(f"Saving {self.final}"):
+            if ranks.rank == 0:
+                _give_name(self.directory, self.final)
+                then()
+
+    def _finish_in_background(self, ranks: Ranks, then: Callable[[], None]) -> None:
+        try:
+            self._finish(ranks, then)
+        except BaseException as error:
+            self._error = error
+            # It is raised at the next save or at the end of training, where all ranks can end together.
+            say(f"hf_moe_accel: {self.final} could not be saved: {error}", level=logging.ERROR)
+            self.discard()
+
+
+def recover(run: Path) -> None:
+    """Undo the replacement of a checkpoint that was cut short: the old one gets its name back."""
+    for old in (run / REPLACED).glob("checkpoint-*"):
+        if not (run / old.name).exists():
+            os.rename(old, run / old.name)
+    _remove(run / REPLACED)
+
+
+def _give_name(directory: Path, final: Path) -> None:
+    replaced = final.parent / REPLACED / final.name
+    if final.exists():
+        replaced.parent.mkdir(exist_ok=True)
+        os.rename(final, replaced)
+    os.rename(directory, final)
+    flush_directory(final.parent)
+    _remove(replaced.parent)
+    directory.parent.rmdir()
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A complete checkpoint, by what its own files say; not verified.
+
+    Attributes:
+        directory: `run/checkpoint-<step>`.
+        state: where training was, see `trainers/position`.
+    """
+
+    directory: Path
+    state: dict[str, Any]
+
+    @property
+    def progress(self) -> int:
+        """Samples that training had seen: of two checkpoints, the newer one has more."""
+        return int(self.state["global_step"] * self.state["global_batch"])
+
+
+def saved_runs(run: Path) -> list[SavedRun]:
+    """The checkpoints of a run that training can be resumed from, the newest first; half-written ones do not count."""
+    found = []
+    for directory in run.glob("checkpoint-*"):
+        if _NAME.fullmatch(directory.name) and (directory / MANIFEST_NAME).exists():
+            try:
+                found.append(SavedRun(directory, read_json(directory / STATE_FOLDER / STATE_NAME)))
+            except (FileNotFoundError, ValueError):
+                continue  # it holds the model only, or is damaged
+    return sorted(found, key=lambda each: each.progress, reverse=True)
+
+
+def newest_intact(run: Path, but: Path) -> Path | None:
+    """The newest checkpoint of a run, another than `but`, whose files are all as they were saved."""
+    for each in saved_runs(run):
+        if each.directory.resolve() != but.resolve() and not check_manifest(each.directory).problems:
+            return each.directory
+    return None
+
+
+def unusable(run: Path) -> list[str]:
+    """A line for each checkpoint of a run that training cannot be resumed from, with the reason."""
+    usable = {each.directory for each in saved_runs(run)}
+    lines = [
+        f"{directory} is half-written: the run died while it was saved"
+        for directory in sorted((run / PARTIAL).glob("checkpoint-*"))
+    ]
+    for directory in sorted(run.glob("checkpoint-*")):
+        if directory.is_dir() and directory not in usable:
+            whole = (directory / MANIFEST_NAME).exists()
+            reason = (
+                "holds a model and no training state (save_only_model=True)" if whole else f"has no {MANIFEST_NAME}"
+            )
+            lines.append(f"{directory} {reason}")
+    return lines
