@@ -22,10 +22,15 @@ os.environ |= {
 }
 
 # Seconds that the tests below tests/<directory> may take together.
-BUDGETS = {"unit": 180, "distributed": 480, "trajectories": 300, "commands": 240}
+BUDGETS = {"unit": 180, "distributed": 480, "checkpoints": 420, "trajectories": 300, "commands": 240}
 # Directories whose time counts towards another one's budget.
 SHARED_BUDGETS = {"integrations": "commands"}
-DIRECTORY_MARKERS = {"distributed": "distributed", "gpu": "gpu", "trajectories": "trajectory"}
+DIRECTORY_MARKERS = {
+    "checkpoints": "distributed",
+    "distributed": "distributed",
+    "gpu": "gpu",
+    "trajectories": "trajectory",
+}
 
 _SPENT = pytest.StashKey[dict[str, float]]()
 _BUDGETS_HOLD = pytest.StashKey[bool]()

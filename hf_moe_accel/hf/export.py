@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from huggingface_hub import create_repo
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import unwrap_model
-from transformers.utils.hub import convert_file_size_to_int, create_and_tag_model_card
+from transformers.utils.hub import convert_file_size_to_int, create_and_tag_model_card, hf_api
 
 from hf_moe_accel.hf.discover import class_name
 from hf_moe_accel.hf.keys import compile_key_plan, to_hub_keys
@@ -131,7 +130,7 @@ def export_and_upload(
         with ranks.same_outcome(f"Creating the repository {repo_id}"):
             if ranks.rank == 0:
                 # Before anything is written: the likeliest reasons to fail are here.
-                repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+                repo_id = hf_api().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
                 card = create_and_tag_model_card(repo_id, tags, token=token)
                 os.makedirs(directory, exist_ok=True)
                 before = model._get_files_timestamps(directory)

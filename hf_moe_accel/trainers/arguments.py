@@ -64,7 +64,11 @@ def _of_any_run(args: Any) -> Iterator[tuple[str, str]]:
     if args.use_liger_kernel:
         yield "use_liger_kernel=True", "it replaces the forward of the experts, and with it the exchange of tokens"
     if args.enable_jit_checkpoint:
-        yield "enable_jit_checkpoint=True", "it saves checkpoints to resume from, and runs cannot be resumed yet"
+        yield (
+            "enable_jit_checkpoint=True",
+            "a signal reaches the ranks at different steps, and each would save another one; save often instead "
+            "(save_steps=), in the background with MoEAccelConfig(async_save=True)",
+        )
 
 
 def _of_several_ranks(args: Any) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, has_length, rotate_checkpoints
 
 from hf_moe_accel.config import MoEAccelConfig
 from hf_moe_accel.hf.loading import load_weights
@@ -24,6 +24,7 @@ from hf_moe_accel.weights.checkpoint import (
     STATE_FOLDER,
     STATE_NAME,
     CheckpointSave,
+    check_run_directory,
     newest_intact,
     recover,
     saved_runs,
@@ -66,6 +67,11 @@ class CheckpointMixin(_Base):
         return Ranks.of(self.model.parameters())
 
     # Saving
+
+    def _check_output_dir(self) -> None:
+        """Find out before training whether checkpoints can be written. All ranks must call."""
+        if self._moe_runtime is not None and self.args.save_strategy != SaveStrategy.NO:
+            check_run_directory(Path(self.args.output_dir), self._ranks)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint. All ranks must call.
@@ -122,6 +128,18 @@ class CheckpointMixin(_Base):
         if unsent is not None:
             super()._push_from_checkpoint(unsent)
 
+    def _end_saves(self) -> None:
+        """Let the checkpoint in flight end where training has failed, as far as it can without the other ranks."""
+        unfinished, self._unfinished, self._unsent = self._unfinished, None, None
+        if unfinished is not None:
+            try:
+                unfinished.wait(self.moe_config.collective_timeout)
+            except Exception:
+                pass  # It was logged when it happened, and there is an error to be raised already.
+        group, self._background_group = self._background_group, None
+        if group is not None:
+            dist.destroy_process_group(group)
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._finish_save()
         return super()._finalize_training(*args, **kwargs)
@@ -156,7 +174,7 @@ class CheckpointMixin(_Base):
         assert runtime is not None
         with self._ranks.same_outcome(f"Saving to {output_dir}"):
             save_random_state(folder / _rank_file(self._ranks.rank, "safetensors"))
-            place = None if self._stream is None else self._stream.to_json()
+            place = None if self._stream is None else self._stream.to_json(self._position.batches_in_epoch)
             if place is not None:
                 write_json(folder / _rank_file(self._ranks.rank, "json"), place)
             if self._ranks.rank == 0:
@@ -264,6 +282,9 @@ class CheckpointMixin(_Base):
         if here is None:
             super()._run_epoch(**kwargs)
             return
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end: Trainer would train one step more
+            self.control.should_training_stop = True
+            return
         checkpoint, epoch, loader = kwargs["resume_from_checkpoint"], kwargs["epoch"], kwargs["train_dataloader"]
         resumes = checkpoint is not None and epoch == kwargs["epochs_trained"]
         skip = kwargs["steps_trained_in_current_epoch"] if resumes else 0
@@ -279,6 +300,7 @@ class CheckpointMixin(_Base):
             done = self._stream.restore(self._stream_place(checkpoint))
             started = StartedLoader(loader, skip - done)
             if any(self._ranks.gather(started.is_at_end)):
+                self._load_rng_state(checkpoint)
                 return
             # It is at its place: Trainer has nothing left to skip.
             kwargs |= {"train_dataloader": started, "steps_trained_in_current_epoch": 0}

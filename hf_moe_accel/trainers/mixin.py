@@ -123,13 +123,13 @@ class AcceleratedMoEMixin(CheckpointMixin):
             resume_from_checkpoint = self._resolve_resume(
                 None if resume_from_checkpoint is True else resume_from_checkpoint
             )
+        self._check_output_dir()
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
-            self._finish_save()
-            return result
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except _TrialEnded:
             return None
         finally:
+            self._end_saves()
             self._close()
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:

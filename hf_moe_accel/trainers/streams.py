@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,20 +23,23 @@ class StreamPlace:
     def __init__(self, loader: Any) -> None:
         """Find the dataset that is read."""
         self._dataset = _stateful(loader)
-        self._now: tuple[int, Any] | None = None
-        self._before: tuple[int, Any] | None = None
+        self._places: deque[tuple[int, Any]] = deque(maxlen=3)
 
     def read(self, num_batches: int) -> None:
         """Note the place once training has been given `num_batches` of the epoch."""
         if self._dataset is not None:
-            # The loader is a batch ahead, so that only the place before this one is sure not to be too far.
-            self._before, self._now = self._now, (num_batches + 1, copy.deepcopy(self._dataset.state_dict()))
+            # The loader has read one batch more.
+            self._places.append((num_batches + 1, copy.deepcopy(self._dataset.state_dict())))
 
-    def to_json(self) -> dict[str, Any] | None:
-        """The newest place that training has reached, or None where there is none to be saved."""
-        if self._before is None:
+    def to_json(self, num_batches: int) -> dict[str, Any] | None:
+        """The newest place before the last of `num_batches`, or None where there is none to be saved.
+
+        Before the last one, since a loader that finds nothing to read at all may raise.
+        """
+        place = next((place for place in reversed(self._places) if place[0] < num_batches), None)
+        if place is None:
             return None
-        num_batches, state = self._before
+        num_read, state = place
         try:
             json.dumps(state)
         except TypeError as error:
@@ -44,14 +48,14 @@ class StreamPlace:
                 f"of JSON's types ({error}): a resumed run will read its data from the start to get to its place."
             )
             return None
-        return {"num_batches": num_batches, "state": state}
+        return {"num_batches": num_read, "state": state}
 
     def restore(self, saved: dict[str, Any] | None) -> int:
         """Put the dataset to a saved place and return the batches up to there; 0 where that is not possible."""
         if self._dataset is None or saved is None:
             return 0
         self._dataset.load_state_dict(copy.deepcopy(saved["state"]))
-        self._now = (saved["num_batches"], saved["state"])
+        self._places.append((saved["num_batches"], saved["state"]))
         return int(saved["num_batches"])
 
 
@@ -67,7 +71,7 @@ class StartedLoader:
         """Read up to the first batch that is to be trained on."""
         self._loader = loader
         self._batches = iter(loader)
-        if skip:
+        if skip > 1:
             say(f"hf_moe_accel: reading {skip} batches of the training data again, to go on after them")
         bar = tqdm(range(skip), desc="Skipping batches", delay=2.0, leave=False, disable=not is_rank_zero())
         for _ in bar:

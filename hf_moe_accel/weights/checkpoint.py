@@ -67,17 +67,7 @@ class CheckpointSave:
         Raises:
             AllRanksError: it cannot be made, or not all ranks see it.
         """
-        with self._ranks.same_outcome(f"Saving {self.final}"):
-            if self._ranks.rank == 0:
-                recover(self.final.parent)
-                _remove(self.final.parent / PARTIAL)
-                (self.directory / STATE_FOLDER).mkdir(parents=True)
-        with self._ranks.same_outcome(f"Saving {self.final}"):
-            if not self.directory.is_dir():
-                raise FileNotFoundError(
-                    f"rank 0 has made {self.directory}, which is not there for this rank: output_dir must lie on a "
-                    "file system that all ranks share"
-                )
+        _make_partial(self.directory / STATE_FOLDER, self.final.parent, f"Saving {self.final}", self._ranks)
 
     def add(self, part: Part) -> None:
         """Write a part, or keep a copy to write in the background."""
@@ -100,11 +90,10 @@ class CheckpointSave:
         )
         self._thread.start()
 
-    def wait(self) -> None:
-        """Wait for the background, and raise what went wrong there."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the background, for so many seconds at most, and raise what went wrong there."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(timeout)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -133,6 +122,34 @@ class CheckpointSave:
             # It is raised at the next save or at the end of training, where all ranks can end together.
             say(f"hf_moe_accel: {self.final} could not be saved: {error}", level=logging.ERROR)
             self.discard()
+
+
+def check_run_directory(run: Path, ranks: Ranks) -> None:
+    """Find out before training whether checkpoints can be written. All ranks must call.
+
+    Raises:
+        AllRanksError: the directory cannot be made or written to, or not all ranks see it.
+    """
+    task = f"Preparing {run} for checkpoints"
+    _make_partial(run / PARTIAL, run, task, ranks)
+    with ranks.same_outcome(task):
+        if ranks.rank == 0:
+            (run / PARTIAL).rmdir()
+
+
+def _make_partial(directory: Path, run: Path, task: str, ranks: Ranks) -> None:
+    """Make a directory to write to, where nothing is left of a save that died."""
+    with ranks.same_outcome(task):
+        if ranks.rank == 0:
+            recover(run)
+            _remove(run / PARTIAL)
+            directory.mkdir(parents=True)
+    with ranks.same_outcome(task):
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"rank 0 has made {directory}, which is not there for this rank: output_dir must lie on a file system "
+                "that all ranks share"
+            )
 
 
 def recover(run: Path) -> None:
