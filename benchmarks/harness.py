@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
@@ -78,6 +80,7 @@ class PeakMemory:
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the cache keeps unused would hide growth
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
@@ -90,6 +93,35 @@ class PeakMemory:
     @staticmethod
     def _read(field: str) -> float:
         if torch.cuda.is_available():
-            return (torch.cuda.max_memory_reserved() if field == "VmHWM" else 0) / 2**20
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+            return (torch.cuda.max_memory_reserved() if field == "VmHWM" else torch.cuda.memory_reserved()) / 2**20
+        return _host_mib(field)
+
+
+class PeakHostMemory:
+    """Peak anonymous memory of this process on the host since it was made, in MiB above what was in use then.
+
+    Sampled, since the kernel keeps a peak (VmHWM) only together with mapped files: a loaded model's dense weights can
+    still be views of the mapped checkpoint, and reading them would count, though the kernel can drop those pages.
+    """
+
+    def __init__(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps unused would hide growth
+        self._before = self._peak = _host_mib("RssAnon")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def mib(self) -> float:
+        """The peak; ends the sampling."""
+        self._done.set()
+        self._thread.join()
+        return self._peak - self._before
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.001):
+            self._peak = max(self._peak, _host_mib("RssAnon"))
+
+
+def _host_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))

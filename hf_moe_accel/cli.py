@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 DEMO_DESCRIPTION = """\
 Train a small Qwen3-MoE from random weights, with expert parallelism, and prove the result.
@@ -33,6 +34,43 @@ examples:
   CUDA_VISIBLE_DEVICES= hf-moe-accel demo --nproc 4
   torchrun --nproc-per-node 2 -m hf_moe_accel.cli demo"""
 
+CHECKPOINT_DESCRIPTION = """\
+Look after the checkpoints of a run, on any machine: no GPU is needed, and no matter how many ranks saved them."""
+
+VERIFY_DESCRIPTION = """\
+Say whether a checkpoint is as it was saved: every file is read and compared with the sizes and checksums that
+manifest.json holds. Nothing is changed.
+
+Given a run's output_dir, each checkpoint in it is verified, half-written ones are named, and so is the newest intact
+one, which is the one to resume from. Files that were not saved with the checkpoint are named and do no harm."""
+
+VERIFY_EPILOG = """\
+exit code:
+  0  every file is as it was saved
+  1  a file is missing, truncated or altered, or the directory holds half-written checkpoints only
+  2  DIR does not exist, or there is no checkpoint in it
+
+examples:
+  hf-moe-accel checkpoint verify run/checkpoint-20
+  hf-moe-accel checkpoint verify run"""
+
+EXPORT_DESCRIPTION = """\
+Copy the model out of a training checkpoint: config, weights and tokenizer, or the adapter, as save_pretrained writes
+them and plain transformers or PEFT load them. Optimizer and trainer state stay behind.
+
+Each file is verified while it is copied, and OUT appears once all of them are on the disk. Until then the copy lies
+beside it, in OUT.partial, and is removed if anything fails. The checkpoint is not changed."""
+
+EXPORT_EPILOG = """\
+exit code:
+  0  OUT holds the model
+  1  a file is missing, truncated or altered, or could not be written; there is no OUT
+  2  DIR is no checkpoint, or OUT is a file, not empty, or inside DIR; nothing was touched
+
+examples:
+  hf-moe-accel checkpoint export run/checkpoint-20 model
+  hf-moe-accel checkpoint verify run && hf-moe-accel checkpoint export run/checkpoint-20 model"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
@@ -43,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_checkpoint(commands)
     arguments = parser.parse_args(argv)
     code: int = arguments.run(arguments)
     return code
@@ -86,6 +125,58 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         return run_demo(options)
 
     parser.set_defaults(run=run)
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "checkpoint",
+        help="verify a checkpoint, or take the standard model out of it",
+        description=CHECKPOINT_DESCRIPTION,
+        epilog="hf-moe-accel checkpoint COMMAND --help explains a command and its exit codes.",
+    )
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    verify = actions.add_parser(
+        "verify",
+        help="say whether checkpoints are as they were saved",
+        description=VERIFY_DESCRIPTION,
+        epilog=VERIFY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.add_argument("directory", metavar="DIR", type=Path, help="a checkpoint, or a run's output_dir")
+
+    def run_verify(arguments: argparse.Namespace) -> int:
+        # Imported here: torch takes seconds, and --help shall not.
+        from hf_moe_accel.commands import checkpoint
+
+        try:
+            checkpoint.check_verify(arguments.directory)
+        except ValueError as error:
+            verify.error(str(error))
+        return checkpoint.verify(arguments.directory)
+
+    verify.set_defaults(run=run_verify)
+
+    export = actions.add_parser(
+        "export",
+        help="copy the model that transformers or PEFT load out of a checkpoint",
+        description=EXPORT_DESCRIPTION,
+        epilog=EXPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("directory", metavar="DIR", type=Path, help="a checkpoint")
+    export.add_argument("out", metavar="OUT", type=Path, help="a directory, which is made and must not hold anything")
+
+    def run_export(arguments: argparse.Namespace) -> int:
+        from hf_moe_accel.commands import checkpoint
+
+        try:
+            checkpoint.check_export(arguments.directory, arguments.out)
+        except ValueError as error:
+            export.error(str(error))
+        return checkpoint.export(arguments.directory, arguments.out)
+
+    export.set_defaults(run=run_export)
 
 
 def _positive(text: str) -> int:

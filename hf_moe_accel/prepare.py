@@ -366,7 +366,7 @@ def _save_pretrained(
     export = prepare_export(model, save_directory, max_shard_size=max_shard_size)
     runtime = runtime_of(model)
     assert runtime is not None
-    if runtime.saving is None:
+    if runtime.saving is None or export.needs_the_model:
         export.write(export.ranks)
     else:
         runtime.saving.add(export)

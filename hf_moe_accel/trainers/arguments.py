@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import DebugOption, OptimizerNames
 
 
@@ -25,6 +26,16 @@ def refuse_arguments(args: Any) -> None:
         )
     for line, reason in _of_any_run(args) if args is not None else ():
         raise ValueError(f"{line} is not supported for mixture-of-experts models: {reason}. Delete {line}.")
+    if (
+        args is not None
+        and args.optim in UNSAVED
+        and args.save_strategy != SaveStrategy.NO
+        and not args.save_only_model
+    ):
+        raise ValueError(
+            f"optim={args.optim.value!r} cannot save what a run is resumed from: {UNSAVED[args.optim]}. Set "
+            "save_only_model=True, or save_strategy='no', or use 'adamw_torch_fused'."
+        )
     for line, reason in _of_several_ranks(args) if args is not None and args.world_size > 1 else ():
         raise ValueError(f"{line} is not supported on several ranks: {reason}. Delete {line}.")
 
@@ -93,6 +104,13 @@ def _of_several_ranks(args: Any) -> Iterator[tuple[str, str]]:
 
 _NO_DTENSOR = "the kernels of bitsandbytes take no sharded parameters; 'adamw_torch_fused' shards its state instead"
 _NO_LAYERWISE = "transformers runs layer-wise optimizers in one process only"
+
+# What steps sharded parameters, and keeps a state that cannot be cut for another number of ranks.
+UNSAVED: dict[OptimizerNames, str] = {
+    OptimizerNames.ADAMW_TORCH_4BIT: "it keeps its state in blocks that follow the shards",
+    OptimizerNames.ADAMW_TORCH_8BIT: "it keeps its state in blocks that follow the shards",
+    OptimizerNames.GALORE_ADAMW: "it keeps projections that are no tensors",
+}
 
 # What cannot step sharded parameters, or steps them differently than whole ones.
 OPTIMIZERS: dict[OptimizerNames, str] = {

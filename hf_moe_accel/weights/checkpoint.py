@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from hf_moe_accel.log import say
 from hf_moe_accel.weights.files import flush_directory, read_json
-from hf_moe_accel.weights.manifest import MANIFEST_NAME, check_manifest, write_manifest
+from hf_moe_accel.weights.manifest import MANIFEST_NAME, check_manifest, read_manifest, write_manifest
 from hf_moe_accel.weights.ranks import Ranks
 
 PARTIAL = "_partial"
@@ -178,32 +178,59 @@ def _remove(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A complete checkpoint, by what its own files say; not verified.
+    """A checkpoint that training state was saved with; not verified.
 
     Attributes:
         directory: `run/checkpoint-<step>`.
-        state: where training was, see `trainers/position`.
+        state: where training was, see `trainers/position`; None where that file is missing or damaged.
     """
 
     directory: Path
-    state: dict[str, Any]
+    state: dict[str, Any] | None
 
     @property
-    def progress(self) -> int:
+    def step(self) -> int:
+        """Of its name."""
+        return int(self.directory.name.rpartition("-")[2])
+
+    @property
+    def progress(self) -> int | None:
         """Samples that training had seen: of two checkpoints, the newer one has more."""
-        return int(self.state["global_step"] * self.state["global_batch"])
+        return None if self.state is None else int(self.state["global_step"] * self.state["global_batch"])
 
 
 def saved_runs(run: Path) -> list[SavedRun]:
-    """The checkpoints of a run that training can be resumed from, the newest first; half-written ones do not count."""
-    found = []
-    for directory in run.glob("checkpoint-*"):
-        if _NAME.fullmatch(directory.name) and (directory / MANIFEST_NAME).exists():
-            try:
-                found.append(SavedRun(directory, read_json(directory / STATE_FOLDER / STATE_NAME)))
-            except (FileNotFoundError, ValueError):
-                continue  # it holds the model only, or is damaged
-    return sorted(found, key=lambda each: each.progress, reverse=True)
+    """The checkpoints of a run with training state, the newest first, damaged ones among them.
+
+    A damaged one may not say how far it was: by its step it takes its place among the others. That one is damaged must
+    not make a run go on from an older one without a word. Half-written ones do not count.
+    """
+    found = [
+        SavedRun(directory, _state_of(directory))
+        for directory in run.glob("checkpoint-*")
+        if _NAME.fullmatch(directory.name) and _has_state(directory)
+    ]
+    ordered = sorted((each for each in found if each.progress is not None), key=lambda each: each.progress or 0)
+    for each in sorted((each for each in found if each.progress is None), key=lambda each: each.step):
+        older = [place for place, other in enumerate(ordered) if other.step < each.step]
+        ordered.insert(older[-1] + 1 if older else 0, each)
+    return ordered[::-1]
+
+
+def _has_state(directory: Path) -> bool:
+    try:
+        return any(name.startswith(f"{STATE_FOLDER}/") for name in read_manifest(directory))
+    except ValueError:
+        return (directory / STATE_FOLDER).is_dir()
+
+
+def _state_of(directory: Path) -> dict[str, Any] | None:
+    try:
+        state = read_json(directory / STATE_FOLDER / STATE_NAME)
+        _ = int(state["global_step"] * state["global_batch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(state)
 
 
 def newest_intact(run: Path, but: Path) -> Path | None:

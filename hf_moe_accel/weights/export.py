@@ -201,32 +201,56 @@ def _write_jobs(
     ranks: Ranks,
 ) -> None:
     """Do this rank's jobs, and its part in the others'. All ranks must call."""
-    file_of = {tensor.key: file for file in mine for tensor in file.tensors}
     part_bytes = max(1, min(MAX_PART_BYTES, max_file_bytes // 4))
     failure: Exception | None = None
     with ExitStack() as stack:
         bar = stack.enter_context(_progress(sum(job.nbytes for job in jobs if job.writer == ranks.rank), ranks))
-        opened: dict[str, _TensorFile] = {}
+        files = _Files(directory, mine, stack, bar)
         for job in jobs:
-            if job.owners and job.writer != ranks.rank:
-                continue
-            for part in job.parts(part_bytes):
-                rows = [gather_rows(shards[name], wanted, job.writer, ranks) for name, wanted in part.reads]
-                # After an error the other ranks still wait for the rows that this one holds.
-                if job.writer != ranks.rank or failure is not None:
-                    continue
-                try:
-                    for tensor, value in _build(part, rows, shards, convert):
-                        file = file_of[tensor.key]
-                        if file.name not in opened:
-                            path = directory / (file.name + PARTIAL)
-                            opened[file.name] = stack.enter_context(_TensorFile(path, file.tensors))
-                        opened[file.name].write(tensor, value, part.first_byte)
-                        bar.update(tensor.nbytes)
-                except Exception as error:
-                    failure = error
+            if not job.owners or job.writer == ranks.rank:
+                for part in job.parts(part_bytes):
+                    # After an error the other ranks still wait for the rows that this one holds.
+                    failure = _write_part(part, shards, files if failure is None else None, convert, ranks) or failure
     if failure is not None:
         raise failure
+
+
+class _Files:
+    """This rank's files, each opened when its first tensor comes."""
+
+    def __init__(self, directory: Path, files: Sequence[_File], stack: ExitStack, bar: Any) -> None:
+        self._directory = directory
+        self._file_of = {tensor.key: file for file in files for tensor in file.tensors}
+        self._stack = stack
+        self._bar = bar
+        self._opened: dict[str, _TensorFile] = {}
+
+    def write(self, tensor: HubTensor, value: Tensor, first_byte: int) -> None:
+        file = self._file_of[tensor.key]
+        if file.name not in self._opened:
+            path = self._directory / (file.name + PARTIAL)
+            self._opened[file.name] = self._stack.enter_context(_TensorFile(path, file.tensors))
+        self._opened[file.name].write(tensor, value, first_byte)
+        self._bar.update(tensor.nbytes)
+
+
+def _write_part(
+    part: _Job, shards: Mapping[str, Shard], files: _Files | None, convert: Convert, ranks: Ranks
+) -> Exception | None:
+    """Bring one part together and write it; without files, only help the others. Returns what went wrong.
+
+    A function of its own, so that a part is dropped before the next one is brought together: where both live for a
+    moment, malloc cannot reuse the first one's memory, and the heap grows from part to part.
+    """
+    rows = [gather_rows(shards[name], wanted, part.writer, ranks) for name, wanted in part.reads]
+    if part.writer != ranks.rank or files is None:
+        return None
+    try:
+        for tensor, value in _build(part, rows, shards, convert):
+            files.write(tensor, value, part.first_byte)
+    except Exception as error:
+        return error
+    return None
 
 
 def _progress(total: int, ranks: Ranks) -> Any:

@@ -72,20 +72,16 @@ class OptimizerSave:
             states[name] = {}
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim:
-                    if isinstance(parameter, DTensor) != isinstance(value, DTensor) or not _is_plain(value):
-                        raise ValueError(
-                            f"{kind} keeps {key!r} of {name} as a {type(value).__name__} that is not sharded as its "
-                            f"parameter is. It cannot be saved. {_ADVICE}"
-                        )
+                    _check_tensor(value, parameter, f"{kind} keeps {key!r} of {name}")
                     states[name][key] = {"tensor": f"{name}.{key}"}
                     tensors[f"{name}.{key}"] = value
                 else:
-                    states[name][key] = _number(value, f"{kind} keeps {key!r} of {name}")
+                    states[name][key] = _encoded(value, f"{kind} keeps {key!r} of {name}")
         groups = [
             {
                 "parameters": [name_of[id(parameter)] for parameter in group["params"]],
                 "options": {
-                    key: _option(value, f"{kind} has the option {key!r}")
+                    key: _encoded(value, f"{kind} has the option {key!r}")
                     for key, value in group.items()
                     if key != "params"
                 },
@@ -163,13 +159,13 @@ def load_optimizer(
             parameter = parameters[name]
             restored = optimizer.state[parameter] = {}
             for key, value in state.items():
-                if "tensor" in value:
+                if isinstance(value, dict) and "tensor" in value:
                     stored = saved[value["tensor"]]
                     assert isinstance(stored, TensorStorageMetadata)
                     restored[key] = _empty(parameter, tuple(stored.size), stored.properties.dtype)
                     tensors[value["tensor"]] = restored[key]
                 else:
-                    restored[key] = _from_number(value, parameter)
+                    restored[key] = _decoded(value, parameter)
         shards = shards_of(tensors, ranks.world_size)
         if tensors:
             with _dcp_errors(f"Reading the optimizer from {directory}", ranks):
@@ -208,12 +204,7 @@ def _restore_groups(
                 f"{name_of[id(group['params'][0])]}. Make the optimizer's groups as they were."
             )
         for key, value in options[0].items() if options else ():
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = (
-                    tuple(value) if isinstance(value, list) and not isinstance(group.get(key), list) else value
-                )
+            group[key] = _decoded(value, group["params"][0])
         origins.append(numbers[0] if numbers else 0)
     return origins
 
@@ -223,34 +214,38 @@ def _some(names: set[str]) -> str:
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") or "none"
 
 
-def _is_plain(value: Tensor) -> bool:
+def _check_tensor(value: Tensor, parameter: Tensor, what: str) -> None:
     local = value.to_local() if isinstance(value, DTensor) else value
-    return type(local) in (Tensor, nn.Parameter)
+    if isinstance(value, DTensor) != isinstance(parameter, DTensor) or type(local) not in (Tensor, nn.Parameter):
+        raise ValueError(
+            f"{what} as a {type(local).__name__}, which cannot be cut for other ranks and so not be saved. {_ADVICE}"
+        )
 
 
-def _number(value: Any, what: str) -> dict[str, Any]:
-    if isinstance(value, Tensor):
-        local = value.full_tensor() if isinstance(value, DTensor) else value
-        on_host = local.device.type == "cpu"
-        return {"number": local.item(), "dtype": str(local.dtype).removeprefix("torch."), "on_host": on_host}
-    return {"number": _option(value, what)}
-
-
-def _from_number(value: Mapping[str, Any], parameter: Tensor) -> Any:
-    if "dtype" not in value:
-        return value["number"]
-    device = torch.device("cpu") if value["on_host"] else parameter.device
-    return torch.tensor(value["number"], dtype=getattr(torch, value["dtype"]), device=device)
-
-
-def _option(value: Any, what: str) -> Any:
+def _encoded(value: Any, what: str) -> Any:
+    """A number, or a sequence of such, as JSON, with what JSON does not tell beside it."""
     if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
-    if isinstance(value, tuple | list):
-        return [_option(each, what) for each in value]
+        local = value.full_tensor() if isinstance(value, DTensor) else value
+        dtype = str(local.dtype).removeprefix("torch.")
+        return {"number": local.item(), "dtype": dtype, "on_host": local.device.type == "cpu"}
+    if isinstance(value, tuple):
+        return {"tuple": [_encoded(each, what) for each in value]}
+    if isinstance(value, list):
+        return [_encoded(each, what) for each in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"{what} as a {type(value).__name__}, which cannot be saved. {_ADVICE}")
+
+
+def _decoded(value: Any, parameter: Tensor) -> Any:
+    if isinstance(value, list):
+        return [_decoded(each, parameter) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(_decoded(each, parameter) for each in value["tuple"])
+    device = torch.device("cpu") if value["on_host"] else parameter.device
+    return torch.tensor(value["number"], dtype=getattr(torch, value["dtype"]), device=device)
 
 
 def _empty(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 
 def save_random_state(path: Path) -> None:
@@ -27,7 +27,8 @@ def save_random_state(path: Path) -> None:
     device = _device_module()
     if device is not None:
         tensors["device"] = device.get_rng_state()
-    save_file(tensors, path, metadata={"numbers": json.dumps(numbers)})
+    # `save_file` would make a file that others of the group cannot read.
+    path.write_bytes(save(tensors, metadata={"numbers": json.dumps(numbers)}))
 
 
 def load_random_state(path: Path) -> None:

@@ -139,7 +139,8 @@ def table() -> str:
         else:
             close = "close to one process, given a fresh compile cache"
             result = close if names[0] in LOSSY else "equal to one process"
-            add(names, "works", f"Tried by hand with {package} {TRIED[package]}: {result}.")
+            saves = " Needs `save_only_model=True` to save." if names[0] in arguments.UNSAVED else ""
+            add(names, "works", f"Tried by hand with {package} {TRIED[package]}: {result}.{saves}")
     for reason in dict.fromkeys(REFUSED.values()):
         names = [name for name in REFUSED if REFUSED[name] == reason]
         add(names, "refused", f"On several ranks: {reason}.")

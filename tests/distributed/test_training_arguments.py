@@ -1131,7 +1131,7 @@ def stop_and_resume(output_dir: str, value: Any) -> Any:
     "resume_from_checkpoint",
     "ignore_data_skip",
     "restore_callback_states_from_checkpoint",
-    note="Exactly, on any number of ranks: see README. The checkpoint's files are verified first.",
+    note="Exactly, on any number of ranks: see [checkpoints.md](checkpoints.md).",
 )
 @pytest.mark.parametrize("by_path", [True, False])
 def test_resume(by_path: bool, tmp_path: Path) -> None:
@@ -1188,6 +1188,7 @@ REFUSED = {
     "save_on_each_node": Refused("Delete save_on_each_node=True.", {"save_on_each_node": True}),
     "debug": Refused("Delete debug='underflow_overflow'.", {"debug": "underflow_overflow"}),
     "optim": Refused("Delete optim='adafactor'.", {"optim": "adafactor"}),
+    "optim and saving": Refused("Set save_only_model=True, or save_strategy='no'", {"optim": "adamw_torch_8bit"}),
     "accelerate's FSDP": Refused("accelerate's FSDP plugin is", environ={"ACCELERATE_USE_FSDP": "true"}),
     "accelerate's DeepSpeed": Refused("accelerate's DeepSpeed plugin", environ={"ACCELERATE_USE_DEEPSPEED": "true"}),
     "accelerate's Megatron": Refused("accelerate's Megatron-LM", environ={"ACCELERATE_USE_MEGATRON_LM": "true"}),
