@@ -44,8 +44,7 @@ LABELS = {
 def run_arm(options: argparse.Namespace) -> None:
     """One arm on this rank."""
     from hf_moe_accel import AutoModelForCausalLM as Ours
-    from hf_moe_accel import MoEAccelConfig
-    from hf_moe_accel.hf.export import export_checkpoint
+    from hf_moe_accel import MoEAccelConfig, export_checkpoint
 
     world_size, cuda = int(os.environ["WORLD_SIZE"]), torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_moe_accel.auto import AutoModelForCausalLM
     from hf_moe_accel.callbacks.plugin import MoEAccelCallback
     from hf_moe_accel.config import MoEAccelConfig
+    from hf_moe_accel.hf.export import export_checkpoint
     from hf_moe_accel.optim import clip_grad_norm_, parameter_groups
     from hf_moe_accel.prepare import prepare_moe_model
     from hf_moe_accel.trainers.hf import AcceleratedMoETrainer
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "MoEAccelCallback": "callbacks.plugin",
     "MoEAccelConfig": "config",
     "clip_grad_norm_": "optim",
+    "export_checkpoint": "hf.export",
     "parameter_groups": "optim",
     "prepare_moe_model": "prepare",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "MoEAccelCallback",
     "MoEAccelConfig",
     "clip_grad_norm_",
+    "export_checkpoint",
     "parameter_groups",
     "prepare_moe_model",
 ]

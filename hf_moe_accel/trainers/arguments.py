@@ -24,6 +24,11 @@ def refuse_arguments(args: Any) -> None:
             f"accelerate's {setting} is switched on, but {reason}: take it out of the accelerate configuration "
             "(`accelerate config`, or the options of `accelerate launch`), or start with torchrun."
         )
+    if args is not None and args.n_gpu > 1:
+        raise ValueError(
+            f"this one process sees {args.n_gpu} GPUs, over which Trainer would split each batch (DataParallel): use "
+            f"`torchrun --nproc-per-node {args.n_gpu}`, one process a GPU, or show it one (CUDA_VISIBLE_DEVICES=0)."
+        )
     for line, reason in _of_any_run(args) if args is not None else ():
         raise ValueError(f"{line} is not supported for mixture-of-experts models: {reason}. Delete {line}.")
     if (

@@ -174,13 +174,14 @@ class CheckpointMixin(_Base):
         assert runtime is not None
         with self._ranks.same_outcome(f"Saving to {output_dir}"):
             save_random_state(folder / _rank_file(self._ranks.rank, "safetensors"))
-            place = None if self._stream is None else self._stream.to_json(self._position.batches_in_epoch)
-            if place is not None:
-                write_json(folder / _rank_file(self._ranks.rank, "json"), place)
+            stream = None if self._stream is None else self._stream.to_json(self._position.batches_in_epoch)
+            mine = {"stream": stream, "unlogged_loss": float(self._tr_loss)}
+            write_json(folder / _rank_file(self._ranks.rank, "json"), mine)
             if self._ranks.rank == 0:
                 topology = runtime.topology
                 layout = {"world_size": topology.world_size, "ep_size": topology.ep_size}
-                state = self._position.to_json() | layout | {"format": 1, "global_step": self.state.global_step}
+                steps = {"global_step": self.state.global_step, "last_logged": self._globalstep_last_logged}
+                state = self._position.to_json() | layout | steps | {"format": 1}
                 write_json(folder / STATE_NAME, state)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -287,6 +288,8 @@ class CheckpointMixin(_Base):
             return
         checkpoint, epoch, loader = kwargs["resume_from_checkpoint"], kwargs["epoch"], kwargs["train_dataloader"]
         resumes = checkpoint is not None and epoch == kwargs["epochs_trained"]
+        if resumes:
+            self._load_unlogged_loss(Path(checkpoint, STATE_FOLDER))
         skip = kwargs["steps_trained_in_current_epoch"] if resumes else 0
         self._position = here.begin_epoch(epoch, skip)
         if not isinstance(getattr(loader, "dataset", None), IterableDataset):
@@ -310,13 +313,28 @@ class CheckpointMixin(_Base):
         finally:
             self.remove_callback(offset)
 
+    def _load_unlogged_loss(self, folder: Path) -> None:
+        """Take up the losses since the last one that was logged, so that the next one is the mean of all its steps."""
+        assert self._resume is not None and self._position is not None
+        if self._resume.global_batch != self._position.global_batch:
+            return  # those were other steps
+        losses = [
+            read_json(folder / _rank_file(rank, "json"))["unlogged_loss"] for rank in range(self._resume.num_ranks)
+        ]
+        mean = sum(losses) / len(losses)
+        same = self._resume.num_ranks == self._ranks.world_size
+        self._tr_loss += losses[self._ranks.rank] if same else mean
+        self._globalstep_last_logged = read_json(folder / STATE_NAME)["last_logged"]
+        # Trainer adds what it logs to the loss of this call's steps, which these are not.
+        self._total_loss_scalar -= mean
+
     def _stream_place(self, checkpoint: str) -> Any:
         """This rank's saved place in a stream, where the ranks read as they did when it was saved."""
         here, saved = self._position, self._resume
         assert here is not None and saved is not None
         same = (here.per_device_batch, here.num_ranks) == (saved.per_device_batch, saved.num_ranks)
         path = Path(checkpoint, STATE_FOLDER, _rank_file(self._ranks.rank, "json"))
-        return read_json(path) if same and path.exists() else None
+        return read_json(path)["stream"] if same else None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As in the trainer; counts what training has been given."""

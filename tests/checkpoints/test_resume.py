@@ -96,6 +96,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True, "model": dropping_model},
     "cosine": {"lr_scheduler_type": "cosine_with_restarts", "warmup_steps": 3},
     "whole epochs": {"num_train_epochs": 2, "max_steps": -1},
+    "rarely logged": {"logging_steps": 3},
     "no data skipped": {"ignore_data_skip": True},
     "in the background": {"async_save": True, "model": dropping_model},
 }

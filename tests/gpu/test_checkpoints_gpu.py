@@ -20,7 +20,8 @@ JOB = "tests.gpu.checkpoint_job"
 
 def train(tmp_path: Path, ranks: int, name: str, resume: str = "", **settings: Any) -> dict[str, Any]:
     result = tmp_path / f"{name}.json"
-    visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    seen = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(seen[:ranks])}
     arguments = ["-m", JOB, str(tmp_path / name), resume, str(result), json.dumps(settings)]
     done = launch(arguments, ranks, timeout=240, env=visible)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -219,3 +219,10 @@ def test_arguments_are_refused_before_weights_are_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="auto_find_batch_size=True is not supported.*Delete auto_find_batch_size"):
         AcceleratedMoETrainer(source, args)
     assert not dist.is_initialized()
+
+
+def test_one_process_that_sees_several_gpus(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"sees 2 GPUs.*torchrun --nproc-per-node 2.*CUDA_VISIBLE_DEVICES=0"):
+        AcceleratedMoETrainer(model=tiny_model("qwen3_moe"), args=args)

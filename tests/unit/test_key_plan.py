@@ -12,7 +12,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, Transpose, Wei
 from hf_moe_accel.hf.export import export_checkpoint
 from hf_moe_accel.hf.keys import compile_key_plan, to_hub_keys
 from hf_moe_accel.weights.export import _assign
-from hf_moe_accel.weights.plan import View
+from hf_moe_accel.weights.plan import HubTensor, View
 from hf_moe_accel.weights.shards import Shard
 from tests.helpers.models import DENSE, MOE, NUM_EXPERTS, tiny_config, tiny_model
 
@@ -306,6 +306,28 @@ def test_the_table_of_the_note_on_views():
     pairs = view.reshape((4, 2, 3, 5)).permute((0, 2, 1, 3)).reshape((4, 6, 5))
     assert pairs.axes[1] == ((inner, hidden), (2, inner * hidden))
     assert torch.equal(pairs.read(stack)[:, 0::2], stack[:, :inner])
+
+
+def test_parts_of_a_tensor_are_the_tensor():
+    sources = {"a": torch.arange(7 * 6 * 5).float().view(7, 6, 5), "b": torch.arange(3 * 6 * 5).float().view(3, 6, 5)}
+    a, b = (View.of(name, source.shape) for name, source in sources.items())
+    row = 6 * 5 * 4
+    for tensor, cut in (
+        (HubTensor("whole", (7, 6, 5), torch.float32, (a,)), True),
+        (HubTensor("one after the other", (10, 6, 5), torch.float32, (a, b)), True),
+        (HubTensor("each row turned", (7, 5, 6), torch.float32, (a.permute((0, 2, 1)),)), True),
+        # A cut of these would read every row of the source each time.
+        (HubTensor("rows inside", (6, 7, 5), torch.float32, (a.permute((1, 0, 2)),)), False),
+        (HubTensor("side by side", (3, 6, 10), torch.float32, (b, b), dim=2), False),
+    ):
+        whole = tensor.build([sources[view.source][slice(*view.rows)] for view in tensor.views])
+        for max_bytes, num_rows in ((10**6, 10), (2 * row, 2), (row - 1, 1)):
+            parts = tensor.parts(max_bytes)
+            built = [part.build([sources[v.source][slice(*v.rows)] for v in part.views]) for _, part in parts]
+            assert torch.equal(torch.cat(built), whole)
+            assert [first for first, _ in parts] == [sum(p.nbytes for p in built[:i]) for i in range(len(built))]
+            assert len(parts) == 1 or (cut and max(len(part) for part in built) == num_rows)
+            assert len(parts) > 1 or not cut or max_bytes >= tensor.nbytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
