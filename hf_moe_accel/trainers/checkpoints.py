@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,18 +204,18 @@ class CheckpointMixin(_Base):
         with ranks.same_outcome(f"Looking for a checkpoint in {run}"):
             if ranks.rank == 0 and run.is_dir():
                 recover(run)
-        saved = saved_runs(run)
-        others = ranks.share(unusable(run))
-        directory = Path(ranks.share(str(saved[0].directory) if saved else "") if wanted is None else wanted)
-        if wanted is None and not directory.name:
-            found = "".join(f"\n  {line}" for line in others) or f"\n  {run} holds no checkpoint at all"
-            raise ValueError(
-                f"resume_from_checkpoint=True: there is no checkpoint in {run} to go on from:{found}\nStart without "
-                "resume_from_checkpoint, or give a checkpoint's path."
-            )
         if wanted is None:
+            saved, others = ranks.share((saved_runs(run), unusable(run)) if ranks.rank == 0 else None)
+            if not saved:
+                found = "".join(f"\n  {line}" for line in others) or f"\n  {run} holds no checkpoint at all"
+                raise ValueError(
+                    f"resume_from_checkpoint=True: there is no checkpoint in {run} to go on from:{found}\nStart "
+                    "without resume_from_checkpoint, or give a checkpoint's path."
+                )
             for line in others:
                 say(f"hf_moe_accel: not resumed from: {line}")
+            wanted = saved[0].directory
+        directory = Path(wanted)
         verdict = check_manifest(directory, ranks)
         problems = ranks.share(list(verdict.problems))
         if not problems and not (directory / STATE_FOLDER / STATE_NAME).exists():
@@ -273,7 +274,7 @@ class CheckpointMixin(_Base):
                 f"hf_moe_accel: the global batch was {saved.describe_batch()} and is {here.describe_batch()} now: the "
                 f"run goes on after the samples that it has seen, at step {there.global_step} (was "
                 f"{saved.global_step}), as if it had had the new batch from its start",
-                level=30,
+                level=logging.WARNING,
             )
         self.state.global_step = there.global_step
         return there.epoch, 0 if self.args.ignore_data_skip else there.batches_in_epoch
@@ -296,20 +297,21 @@ class CheckpointMixin(_Base):
             super()._run_epoch(**kwargs)
             return
         self._stream = StreamPlace(loader)
+        if not skip:
+            super()._run_epoch(**kwargs)
+            return
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        done = self._stream.restore(self._stream_place(checkpoint))
+        started = StartedLoader(loader, skip - done)
+        if any(self._ranks.gather(started.is_at_end)):
+            self._load_rng_state(checkpoint)
+            return
         offset = _EpochOffset(epoch, skip, kwargs["steps_in_epoch"])
-        if skip:
-            if hasattr(loader, "set_epoch"):
-                loader.set_epoch(epoch)
-            done = self._stream.restore(self._stream_place(checkpoint))
-            started = StartedLoader(loader, skip - done)
-            if any(self._ranks.gather(started.is_at_end)):
-                self._load_rng_state(checkpoint)
-                return
-            # It is at its place: Trainer has nothing left to skip.
-            kwargs |= {"train_dataloader": started, "steps_trained_in_current_epoch": 0}
         self.add_callback(offset)
         try:
-            super()._run_epoch(**kwargs)
+            # It is at its place: Trainer has nothing left to skip.
+            super()._run_epoch(**kwargs | {"train_dataloader": started, "steps_trained_in_current_epoch": 0})
         finally:
             self.remove_callback(offset)
 
@@ -395,7 +397,7 @@ def _for_groups(state: Any, origins: list[int]) -> Any:
     """A scheduler's saved state for other groups of the optimizer: what it keeps for each group follows the group."""
     if not isinstance(state, dict):
         return state
-    num_saved = len(state.get("base_lrs", ()))
+    num_saved = len(state.get("base_lrs") or state.get("_last_lr") or ())
     return {
         key: [value[origin] for origin in origins]
         if isinstance(value, list) and len(value) == num_saved and key != "_schedulers"

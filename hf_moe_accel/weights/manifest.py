@@ -41,7 +41,8 @@ class Verdict:
 def write_manifest(directory: Path, ranks: Ranks) -> None:
     """Seal a checkpoint: flush all its files and write the manifest, last of all. All ranks must call."""
     with ranks.same_outcome(f"Sealing {directory}"):
-        names = ranks.share(_files(directory))
+        # On a network file system a rank may see its own new files only, by listing; by name it finds all.
+        names = sorted(set().union(*ranks.gather(_files(directory))))
         sums = _checksums(directory, _my_share(directory, names, ranks), "Sealing", ranks, flush=True)
         entries: dict[str, Any] = {}
         for part in ranks.gather(sums):

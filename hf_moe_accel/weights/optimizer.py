@@ -65,6 +65,8 @@ class OptimizerSave:
         """
         name_of = {id(parameter): name for name, parameter in parameters.items()}
         kind = type(optimizer).__name__
+        if any(id(parameter) not in name_of for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError(f"{kind} trains parameters that are not the model's, and cannot be saved. {_ADVICE}")
         states: dict[str, dict[str, Any]] = {}
         tensors: dict[str, Tensor] = {}
         for parameter, state in optimizer.state.items():

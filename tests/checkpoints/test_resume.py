@@ -175,6 +175,22 @@ def assert_goes_on(name: str, before: Any, after: Any, tmp_path: Path) -> None:
     assert_close(back[0].log, whole[0].log, "training", "log")
 
 
+def test_a_schedule_that_follows_the_loss_on_another_layout(tmp_path: Path) -> None:
+    """It keeps something for each of the optimizer's groups, of which there are fewer on one rank."""
+    settings: dict[str, Any] = {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0, "min_lr": 1e-5},
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "options": {"train_dataset": numbered_rows(), "eval_dataset": numbered_rows(4)},
+    }
+    (whole, _) = run_ranks(run, 2, str(tmp_path / "whole"), **settings, init=False)
+    checkpoint = only(tmp_path / "whole", 4, tmp_path / "resumed")
+    (resumed,) = run_ranks(run, 1, str(tmp_path / "resumed"), checkpoint, **settings)
+    assert len({entry["learning_rate"] for entry in whole.log}) > 3
+    assert_close(resumed.log, whole.log, "training", "log")
+
+
 def test_another_global_batch_goes_on_after_the_same_rows(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"num_train_epochs": 2, "max_steps": -1, "save_steps": 1}
     first = run_ranks(run, 2, str(tmp_path / "whole"), **settings, init=False)
