@@ -69,11 +69,6 @@ class CheckpointMixin(_Base):
 
     # Saving
 
-    def _check_output_dir(self) -> None:
-        """Find out before training whether checkpoints can be written. All ranks must call."""
-        if self._moe_runtime is not None and self.args.save_strategy != SaveStrategy.NO:
-            check_run_directory(Path(self.args.output_dir), self._ranks)
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint. All ranks must call.
 
@@ -257,6 +252,8 @@ class CheckpointMixin(_Base):
         runtime = self._moe_runtime
         if runtime is None:
             return epochs, batches
+        if self.args.save_strategy != SaveStrategy.NO:
+            check_run_directory(Path(self.args.output_dir), self._ranks)
         self._resume = None
         self._position = here = Position(
             global_step=0,

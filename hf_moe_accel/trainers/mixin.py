@@ -123,7 +123,6 @@ class AcceleratedMoEMixin(CheckpointMixin):
             resume_from_checkpoint = self._resolve_resume(
                 None if resume_from_checkpoint is True else resume_from_checkpoint
             )
-        self._check_output_dir()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except _TrialEnded:
