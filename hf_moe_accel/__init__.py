@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_moe_accel.callbacks.plugin import MoEAccelCallback
     from hf_moe_accel.config import MoEAccelConfig
     from hf_moe_accel.hf.export import export_checkpoint
+    from hf_moe_accel.hf.peft_bridge import get_peft_model
     from hf_moe_accel.optim import clip_grad_norm_, parameter_groups
     from hf_moe_accel.prepare import prepare_moe_model
     from hf_moe_accel.trainers.hf import AcceleratedMoETrainer
@@ -29,6 +30,7 @@ _MODULE_OF = {
     "MoEAccelConfig": "config",
     "clip_grad_norm_": "optim",
     "export_checkpoint": "hf.export",
+    "get_peft_model": "hf.peft_bridge",
     "parameter_groups": "optim",
     "prepare_moe_model": "prepare",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "MoEAccelConfig",
     "clip_grad_norm_",
     "export_checkpoint",
+    "get_peft_model",
     "parameter_groups",
     "prepare_moe_model",
 ]

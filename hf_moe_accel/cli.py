@@ -13,11 +13,16 @@ Train a small Qwen3-MoE from random weights, with expert parallelism, and prove 
 The data are (signature, docstring) pairs read from the sources of Python's own standard library; nothing is
 downloaded. A byte-level BPE tokenizer is trained first, then the model, on 2 ranks where there is no GPU and on all
 GPUs otherwise. The checkpoint is reloaded with plain transformers, which must compute the same logits, and completes
-signatures that were held out. On 2 CPU cores this takes 3 to 4 minutes."""
+signatures that were held out. On 2 CPU cores this takes 3 to 4 minutes.
+
+With --lora the same job trains a LoRA adapter on attention and experts instead. Embeddings and output layer are
+trained in full even so: the model starts from random weights, which know no token yet. What is reloaded is the model
+with the adapter folded in."""
 
 DEMO_EPILOG = """\
 what is left in DIR:
   checkpoint/                     the trained model, as save_pretrained of transformers would have written it
+  adapter/                        with --lora: what was trained, as PEFT writes it; fits the random weights of --seed
   demo.png                        the loss, and the load of the experts over time
   history.json                    the numbers behind the picture
   reference_logits.safetensors    what the trained model computed, and the reloaded one has to
@@ -31,6 +36,7 @@ exit code:
 examples:
   hf-moe-accel demo
   hf-moe-accel demo --steps 50 --output-dir /tmp/demo
+  hf-moe-accel demo --lora --output-dir /tmp/lora
   CUDA_VISIBLE_DEVICES= hf-moe-accel demo --nproc 4
   torchrun --nproc-per-node 2 -m hf_moe_accel.cli demo"""
 
@@ -71,6 +77,26 @@ examples:
   hf-moe-accel checkpoint export run/checkpoint-20 model
   hf-moe-accel checkpoint verify run && hf-moe-accel checkpoint export run/checkpoint-20 model"""
 
+MERGE_DESCRIPTION = """\
+Fold a LoRA adapter that PEFT saved into the checkpoint that it was trained on: on attention, on experts
+(target_parameters), and tensors of modules_to_save. OUT is a standard checkpoint with the keys, dtypes and files of
+BASE, for plain transformers, vLLM and others; its configuration and tokenizer are BASE's.
+
+No GPU is needed, and no memory for the model: the weights are read and written one tensor at a time. Sums are taken
+in fp32 and rounded once to the dtype of BASE; a tensor without an adapter is copied bit for bit. OUT appears once all
+of it is on the disk. Until then it lies beside it, in OUT.partial, and is removed if anything fails."""
+
+MERGE_EPILOG = """\
+exit code:
+  0  OUT holds the merged model
+  1  a file could not be read or written; there is no OUT
+  2  nothing was written: BASE is not there or quantized, ADAPTER is none of LoRA, of a kind that cannot be folded in
+     (DoRA, biases) or of another base, OUT is not empty, or PEFT is missing
+
+examples:
+  hf-moe-accel merge Qwen/Qwen3-30B-A3B run/checkpoint-20 merged
+  hf-moe-accel merge models/base my-adapter /data/merged"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
@@ -82,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_checkpoint(commands)
+    _add_merge(commands)
     arguments = parser.parse_args(argv)
     code: int = arguments.run(arguments)
     return code
@@ -111,13 +138,19 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of weights, order and samples (default: %(default)s)"
     )
+    parser.add_argument(
+        "--lora",
+        action="store_true",
+        help="train LoRA of rank 16 on attention and experts, and only embeddings and output layer in full; needs the "
+        "package peft",
+    )
 
     def run(arguments: argparse.Namespace) -> int:
         # Imported here: torch and transformers take seconds, and --help shall not.
         from hf_moe_accel.demo.command import check_demo, run_demo
         from hf_moe_accel.demo.options import DemoOptions
 
-        options = DemoOptions(arguments.output_dir, arguments.steps, arguments.nproc, arguments.seed)
+        options = DemoOptions(arguments.output_dir, arguments.steps, arguments.nproc, arguments.seed, arguments.lora)
         try:
             check_demo(options)
         except ValueError as error:
@@ -177,6 +210,33 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
         return checkpoint.export(arguments.directory, arguments.out)
 
     export.set_defaults(run=run_export)
+
+
+def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="fold a LoRA adapter into its base checkpoint",
+        description=MERGE_DESCRIPTION,
+        epilog=MERGE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("base", metavar="BASE", help="a checkpoint: a directory, or a hub id")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="what PEFT saved: a directory (a run's checkpoint is one), or a hub id"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="a directory, which is made and must not hold anything")
+
+    def run(arguments: argparse.Namespace) -> int:
+        # Imported here: torch and transformers take seconds, and --help shall not.
+        from hf_moe_accel.commands.merge import check_merge, merge
+
+        try:
+            plan = check_merge(arguments.base, arguments.adapter, arguments.out)
+        except ValueError as error:
+            parser.error(str(error))
+        return merge(plan, arguments.out)
+
+    parser.set_defaults(run=run)
 
 
 def _positive(text: str) -> int:

@@ -62,6 +62,13 @@ class MoEAccelConfig:
             "the next save or at the end of training."
         },
     )
+    merge_adapters_on_save: bool = field(
+        default=False,
+        metadata={
+            "help": "Where a LoRA adapter is saved, write the whole model with the adapter folded in as well, to "
+            "`merged/` beside it: a standard checkpoint for transformers, vLLM and SGLang."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check each value by arithmetic alone; no device, no network, no process group is touched."""

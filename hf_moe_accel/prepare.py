@@ -86,6 +86,7 @@ def prepare_moe_model(
     config = config or MoEAccelConfig()
     base = base_of(model)
     prepared = runtime_of(base)
+    rules = adopt_adapters(model)
     if prepared is not None:
         _check_prepared(prepared, config)
         return model
@@ -97,7 +98,7 @@ def prepare_moe_model(
     names = [name for name, _ in base.named_parameters()]
     if setup.topology.world_size > 1 and not _is_sharded(base):
         mesh = _mesh_of(like, setup.topology)
-        shard_in_place(base, setup.topology, mixed_precision=fsdp_mixed_precision, mesh=mesh)
+        shard_in_place(base, setup.topology, mixed_precision=fsdp_mixed_precision, mesh=mesh, rules=rules)
     if setup.topology.ep_size > 1:
         flatten_expert_mesh(base)
     runtime = MoERuntime(
@@ -219,6 +220,17 @@ def check_model(model: Any, topology: ExpertTopology) -> None:
                 "the model is already sharded by something else (DTensor parameters): pass it unsharded, or load it "
                 "with hf_moe_accel.AutoModelForCausalLM."
             )
+
+
+def adopt_adapters(model: Any) -> dict[str, str]:
+    """Take over PEFT's adapters on experts; returns the rules by which they are sharded."""
+    if not hasattr(model, "get_base_model"):
+        return {}
+    # PEFT need not be installed for a model without adapters.
+    from hf_moe_accel.hf.peft_bridge import adopt_expert_adapters, expert_parallel_rules
+
+    adopt_expert_adapters(model)
+    return expert_parallel_rules(model.get_base_model())
 
 
 def _check_prepared(runtime: MoERuntime, config: MoEAccelConfig) -> None:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from hf_moe_accel.commands.output import check_out, count, how_to_load, in_bytes, progress, whole_directory
 from hf_moe_accel.weights.checkpoint import PARTIAL, REPLACED, STATE_FOLDER, STATE_NAME, SavedRun
-from hf_moe_accel.weights.files import flush_directory, read_json
+from hf_moe_accel.weights.files import read_json
 from hf_moe_accel.weights.manifest import (
     ALTERED,
     MANIFEST_NAME,
@@ -29,7 +27,6 @@ from hf_moe_accel.weights.manifest import (
 
 # Of Trainer, and of no use to who loads the model.
 _TRAINERS_OWN = ("trainer_state.json", "training_args.bin")
-_ADAPTER_CONFIG = "adapter_config.json"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -51,7 +48,7 @@ def verify(directory: Path) -> int:
     if _is_checkpoint(directory):
         num_problems = _verify_one(directory)
         if num_problems:
-            print(f"DAMAGED: {_count(num_problems, 'problem')} in {directory}.")
+            print(f"DAMAGED: {count(num_problems, 'problem')} in {directory}.")
             return 1
         print(f"INTACT: every file of {directory} is as it was saved.")
         return 0
@@ -66,9 +63,9 @@ def verify(directory: Path) -> int:
     if not checkpoints:
         print(f"DAMAGED: {directory} holds no complete checkpoint.")
     elif len(intact) < len(checkpoints):
-        print(f"DAMAGED: {len(checkpoints) - len(intact)} of {_count(len(checkpoints), 'checkpoint')}. {offer}")
+        print(f"DAMAGED: {len(checkpoints) - len(intact)} of {count(len(checkpoints), 'checkpoint')}. {offer}")
     else:
-        print(f"INTACT: {_count(len(checkpoints), 'checkpoint')}. {offer}")
+        print(f"INTACT: {count(len(checkpoints), 'checkpoint')}. {offer}")
         return 0
     return 1
 
@@ -84,20 +81,9 @@ def check_export(directory: Path, out: Path) -> None:
         which = _complete(directory)
         hint = f", for example {which[-1]}" if which else " (run/checkpoint-20)"
         raise ValueError(f"{directory} is no checkpoint: give one{hint}")
-    target = out.resolve()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{out} is a file: name a directory, which is made")
-    if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"{out} is not empty, and nothing in it is overwritten: name a new directory")
-    if target.is_relative_to(directory.resolve()):
-        raise ValueError(f"{out} lies in the checkpoint, which is not changed: name a directory elsewhere")
-    if target.is_mount():
-        raise ValueError(f"{out} is a mount point, whose name a finished copy cannot take: name a directory in it")
-    if _beside(target).exists():
-        raise ValueError(
-            f"{_beside(target)} exists: an export that died has left it, or one is running. Remove it, or name "
-            "another directory"
-        )
+    check_out(out)
+    if out.resolve().is_relative_to(directory.resolve()):
+        raise ValueError(f"OUT {out} lies in the checkpoint, which is not changed: name a directory elsewhere")
 
 
 def export(directory: Path, out: Path) -> int:
@@ -111,13 +97,13 @@ def export(directory: Path, out: Path) -> int:
         # Before the first byte is copied: reading all of a large checkpoint takes long.
         if problems := missing_or_resized(directory, wanted):
             raise ValueError("; ".join(f"{name} {problem}" for name, problem in problems.items()))
-        _copy_whole(directory, out.resolve(), wanted)
+        _copy_whole(directory, out, wanted)
     except (OSError, ValueError) as error:
         print(f"FAILED: nothing was exported from {directory}: {error}", file=sys.stderr)
         return 1
     _print_foreign(foreign_files(directory, saved))
     print(f"{out}: {_size_of(wanted)}, verified while they were copied. Load it with")
-    print(f"  {_how_to_load(out)}")
+    print(f"  {how_to_load(out)}")
     return 0
 
 
@@ -167,7 +153,7 @@ def _verify_one(directory: Path) -> int:
     print(directory, flush=True)
     verdict = check_manifest(directory)
     if verdict.num_files:
-        print(f"  {_count(verdict.num_files, 'file')}, {_in_bytes(verdict.num_bytes)}")
+        print(f"  {count(verdict.num_files, 'file')}, {in_bytes(verdict.num_bytes)}")
     for problem in verdict.problems:
         print(f"  {problem}")
     _print_foreign(verdict.foreign)
@@ -185,30 +171,12 @@ def _is_training_state(name: str) -> bool:
     return name.startswith(STATE_FOLDER + "/") or name in _TRAINERS_OWN
 
 
-def _beside(target: Path) -> Path:
-    """Where a copy grows until it is whole."""
-    return target.with_name(target.name + ".partial")
-
-
-def _copy_whole(directory: Path, target: Path, wanted: Mapping[str, Mapping[str, Any]]) -> None:
-    """Copy files to a directory that gets its name once all of them are on the disk."""
-    copy = _beside(target)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.mkdir()
-    try:
-        total = sum(entry["size"] for entry in wanted.values())
-        options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
-        with tqdm(desc="Exporting", total=total, delay=2.0, **options) as bar:
-            for name, entry in wanted.items():
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                _copy_verified(directory / name, copy / name, name, entry, bar)
-        for folder, _, _ in os.walk(copy):
-            flush_directory(folder)
-        os.rename(copy, target)  # takes the place of an empty directory
-        flush_directory(target.parent)
-    except BaseException:
-        shutil.rmtree(copy, ignore_errors=True)
-        raise
+def _copy_whole(directory: Path, out: Path, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    total = sum(entry["size"] for entry in wanted.values())
+    with whole_directory(out) as copy, progress("Exporting", total) as bar:
+        for name, entry in wanted.items():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy_verified(directory / name, copy / name, name, entry, bar)
 
 
 def _copy_verified(source: Path, target: Path, name: str, entry: Mapping[str, Any], bar: Any) -> None:
@@ -228,21 +196,5 @@ def _copy_verified(source: Path, target: Path, name: str, entry: Mapping[str, An
         raise ValueError(f"{name} {ALTERED}")
 
 
-def _how_to_load(out: Path) -> str:
-    if not (out / _ADAPTER_CONFIG).exists():
-        return f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
-    base = read_json(out / _ADAPTER_CONFIG).get("base_model_name_or_path")
-    model = f"AutoModelForCausalLM.from_pretrained({base!r})" if base else "base"
-    return f"PeftModel.from_pretrained({model}, {str(out)!r})"
-
-
 def _size_of(files: Mapping[str, Mapping[str, Any]]) -> str:
-    return f"{_count(len(files), 'file')}, {_in_bytes(sum(entry['size'] for entry in files.values()))}"
-
-
-def _in_bytes(number: int) -> str:
-    return str(tqdm.format_sizeof(number, "B", 1024))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{count(len(files), 'file')}, {in_bytes(sum(entry['size'] for entry in files.values()))}"

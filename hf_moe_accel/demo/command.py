@@ -27,10 +27,12 @@ def check_demo(options: DemoOptions) -> None:
     """Check what can be checked before anything is started.
 
     Raises:
-        ValueError: matplotlib is not installed, or an option does not fit this machine.
+        ValueError: a package is not installed, or an option does not fit this machine.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the demo draws with matplotlib, which is not installed: pip install 'hf_moe_accel[demo]'")
+    if options.lora and importlib.util.find_spec("peft") is None:
+        raise ValueError("--lora needs PEFT, which is not installed: pip install 'hf_moe_accel[lora]'")
     folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output-dir {folder} is a file: name a folder, which is created if there is none")
@@ -100,6 +102,7 @@ def _summary(history: History, check: ReloadCheck, files: OutputFiles, seconds: 
     minutes, rest = divmod(round(seconds), 60)
     (first_step, first_loss), (last_step, last_loss) = history.train_loss[0], history.train_loss[-1]
     keys = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in check.wrong_keys.items())
+    folders = f"\n{' ':13}".join(f"{path}{os.sep}" for path in (files.checkpoint, files.adapter) if path.exists())
     agreement = (
         f"logits differ by at most {check.difference:.1e} at {check.share:.0%} of the positions "
         f"(limit {check.tolerance:.0e})"
@@ -113,7 +116,7 @@ def _summary(history: History, check: ReloadCheck, files: OutputFiles, seconds: 
   reload     by plain transformers: {"ok" if check.passed else "FAILED"}
              {agreement}
              {keys or "no missing, unexpected or mismatched key"}
-  files      {files.checkpoint}{os.sep}
+  files      {folders}
              {files.picture}
              {files.history}
              {files.reference}"""

@@ -10,6 +10,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from hf_moe_accel import AcceleratedMoETrainer
+from hf_moe_accel import AcceleratedMoETrainer, export_checkpoint
 from hf_moe_accel.demo import data
 from hf_moe_accel.demo.history import History
 from hf_moe_accel.demo.options import DemoOptions, OutputFiles
@@ -42,6 +43,7 @@ NUM_REFERENCE_SEQUENCES = 4
 NUM_POINTS = 100  # of the curves in the picture
 NUM_EVALUATIONS = 8
 NUM_PRINTED = 20
+LORA_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,10 @@ class Progress(TrainerCallback):
 
 
 def train(options: DemoOptions) -> None:
-    """Train, and leave the checkpoint, the logits it must reproduce and the history. All ranks must call."""
+    """Train, and leave the checkpoint, the logits it must reproduce and the history. All ranks must call.
+
+    With LoRA the checkpoint is the model with the adapter folded in, and the adapter is left beside it.
+    """
     disable_progress_bar()  # of loading and saving; the one of the training is ours
     on_gpu = torch.cuda.is_available()
     preset = GPU_PRESET if on_gpu else CPU_PRESET
@@ -213,8 +218,11 @@ def train(options: DemoOptions) -> None:
     held_out_examples.sort(key=lambda example: len(example["input_ids"]))
 
     set_seed(options.seed)  # every rank draws the same initial weights
-    model = Qwen3MoeForCausalLM(preset.model_config(tokenizer)).to(preset.dtype)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    model: Any = Qwen3MoeForCausalLM(preset.model_config(tokenizer)).to(preset.dtype)
+    what = f"Qwen3-MoE, {_millions(model.parameters())} parameters"
+    if options.lora:
+        model = _with_adapter(model)
+        what += f", LoRA trains {_millions(each for each in model.parameters() if each.requires_grad)}"
     machine = f"{args.world_size} {'GPU' if on_gpu else 'CPU rank'}{'s' if args.world_size > 1 else ''}"
 
     trainer = AcceleratedMoETrainer(
@@ -236,15 +244,18 @@ def train(options: DemoOptions) -> None:
 
     expert_load = recorder.sum_over_ranks(args.device)
     reference = _reference_logits(trainer, held_out_examples[-NUM_REFERENCE_SEQUENCES:])
-    trainer.save_model(str(files.checkpoint))
+    if options.lora:
+        export_checkpoint(trainer.model, files.checkpoint)
+        trainer.save_model(str(files.adapter))
+    else:
+        trainer.save_model(str(files.checkpoint))
     if args.process_index == 0:
+        if options.lora:
+            tokenizer.save_pretrained(files.checkpoint)  # export_checkpoint knows of the model only
         save_file(reference, files.reference)
         log = trainer.state.log_history
         History(
-            model=(
-                f"Qwen3-MoE, {num_parameters / 1e6:.1f} M parameters, "
-                f"{preset.num_experts} experts in each of {preset.num_layers} layers, on {machine}"
-            ),
+            model=f"{what}, {preset.num_experts} experts in each of {preset.num_layers} layers, on {machine}",
             num_steps=num_steps,
             train_loss=[(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
             held_out_loss=[(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry],
@@ -256,6 +267,29 @@ def train(options: DemoOptions) -> None:
         ).save(files.history)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _with_adapter(model: Qwen3MoeForCausalLM) -> Any:
+    """Put LoRA on attention and experts; embeddings and output layer stay trainable, router and norms do not."""
+    # Imported here: without --lora the demo needs no PEFT.
+    from peft import LoraConfig
+
+    from hf_moe_accel import get_peft_model
+
+    config = LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        # A pretrained model knows its tokens; the random weights of this one have them still to learn.
+        modules_to_save=["embed_tokens", "lm_head"],
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _millions(parameters: Iterable[torch.nn.Parameter]) -> str:
+    return f"{sum(parameter.numel() for parameter in parameters) / 1e6:.1f} M"
 
 
 def _training_arguments(options: DemoOptions, preset: Preset, num_steps: int, use_cpu: bool) -> TrainingArguments:

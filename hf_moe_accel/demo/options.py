@@ -15,6 +15,7 @@ class DemoOptions:
     steps: int | None = None
     nproc: int | None = None
     seed: int = 0
+    lora: bool = False
 
 
 class OutputFiles:
@@ -27,6 +28,7 @@ class OutputFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoint = folder / "checkpoint"
+        self.adapter = folder / "adapter"
         self.picture = folder / "demo.png"
         self.history = folder / "history.json"
         self.reference = folder / "reference_logits.safetensors"
@@ -36,4 +38,5 @@ class OutputFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in (self.picture, self.history, self.reference):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        for path in (self.checkpoint, self.adapter):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""The contract of an expert backend. Shape letters: the legend of `ops/permutation`."""
+"""The contract of an expert backend. Shape letters: the legend of `ops/permutation`, and r the rank of a LoRA pair."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from hf_moe_accel.ops.permutation import Dispatched
 
 Gate = Callable[[Tensor], Tensor]
+Scalings = tuple[tuple[float, ...], tuple[float, ...]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +51,22 @@ class ExpertsSpec:
         return not self.has_bias and self.post_norm is None
 
 
+class LoraPair(NamedTuple):
+    """One adapter of a projection: `scaling * x @ a[i].T @ b[i].T` is added to its product, before the bias.
+
+    a: [e, r, in]; b: [e, out, r], both contiguous, however the projection is stored.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
 class ExpertWeights(NamedTuple):
     """The parameters of this rank's experts, as stored (see `ExpertsSpec.is_transposed`).
 
-    up: [e, 2I or I, D]; down: [e, D, I]; up_bias: [e, 2I or I]; down_bias: [e, D]; post_norm: [D].
+    up: [e, 2I or I, D]; down: [e, D, I]; up_bias: [e, 2I or I]; down_bias: [e, D]; post_norm: [D]. Several LoRA pairs
+    of a projection are several active adapters: they add up.
     """
 
     up: Tensor
@@ -60,33 +74,78 @@ class ExpertWeights(NamedTuple):
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     post_norm: Tensor | None = None
+    up_lora: tuple[LoraPair, ...] = ()
+    down_lora: tuple[LoraPair, ...] = ()
 
     @classmethod
-    def of(cls, values: Iterable[Tensor | None]) -> ExpertWeights:
-        """From all five, in order."""
-        up, down, *others = values
+    def of(cls, flat: Iterable[Tensor | None], scalings: Scalings = ((), ())) -> ExpertWeights:
+        """The inverse of `flat` and `scalings`: from the first five, and a and b for each scaling."""
+        up, down, up_bias, down_bias, post_norm, *factors = flat
         assert up is not None and down is not None
-        return cls(up, down, *others)
+        up_lora, down_lora = _pairs(factors, len(scalings[0]))
+
+        def scaled(pairs: tuple[Factors[Tensor | None], ...], by: tuple[float, ...]) -> tuple[LoraPair, ...]:
+            found = []
+            for (a, b), scaling in zip(pairs, by, strict=True):
+                assert a is not None and b is not None
+                found.append(LoraPair(a, b, scaling))
+            return tuple(found)
+
+        lora = scaled(up_lora, scalings[0]), scaled(down_lora, scalings[1])
+        return cls(up, down, up_bias, down_bias, post_norm, *lora)
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """All parameters: the first five, then a and b of each pair, those of `up` first."""
+        factors = (factor for pair in (*self.up_lora, *self.down_lora) for factor in (pair.a, pair.b))
+        return (self.up, self.down, self.up_bias, self.down_bias, self.post_norm, *factors)
+
+    @property
+    def scalings(self) -> Scalings:
+        """Those of the pairs of both projections."""
+        return tuple(pair.scaling for pair in self.up_lora), tuple(pair.scaling for pair in self.down_lora)
 
 
-class WeightGrads(NamedTuple):
+class Factors(NamedTuple, Generic[T]):
+    """Something for each factor of a `LoraPair`."""
+
+    a: T
+    b: T
+
+
+class ByParameter(NamedTuple, Generic[T]):
+    """Something for each parameter of `ExpertWeights`."""
+
+    up: T
+    down: T
+    up_bias: T
+    down_bias: T
+    post_norm: T
+    up_lora: tuple[Factors[T], ...] = ()
+    down_lora: tuple[Factors[T], ...] = ()
+
+    @classmethod
+    def of(cls, flat: Sequence[T], num_up_pairs: int) -> Self:
+        """From the order of `ExpertWeights.flat`."""
+        up, down, up_bias, down_bias, post_norm, *factors = flat
+        return cls(up, down, up_bias, down_bias, post_norm, *_pairs(factors, num_up_pairs))
+
+    def flat(self) -> tuple[T, ...]:
+        """In the order of `ExpertWeights.flat`."""
+        factors = (factor for pair in (*self.up_lora, *self.down_lora) for factor in pair)
+        return (self.up, self.down, self.up_bias, self.down_bias, self.post_norm, *factors)
+
+
+def _pairs(factors: Sequence[T], num_up: int) -> tuple[tuple[Factors[T], ...], tuple[Factors[T], ...]]:
+    pairs = tuple(Factors(a, b) for a, b in zip(factors[::2], factors[1::2], strict=True))
+    return pairs[:num_up], pairs[num_up:]
+
+
+class WeightGrads(ByParameter[Tensor | None]):
     """Gradients of `ExpertWeights`, each of its parameter's shape; None where not needed."""
 
-    up: Tensor | None
-    down: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-    post_norm: Tensor | None
 
-
-class NeededGrads(NamedTuple):
+class NeededGrads(ByParameter[bool]):
     """Which of `ExpertWeights` train."""
-
-    up: bool
-    down: bool
-    up_bias: bool
-    down_bias: bool
-    post_norm: bool
 
 
 class RowGrads(NamedTuple):

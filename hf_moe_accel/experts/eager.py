@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads, RowGrads, WeightGrads
+from hf_moe_accel.experts.base import (
+    ExpertBackend,
+    ExpertsSpec,
+    ExpertWeights,
+    LoraPair,
+    NeededGrads,
+    RowGrads,
+    WeightGrads,
+)
 from hf_moe_accel.ops.permutation import Dispatched
 
 
@@ -45,21 +53,23 @@ class EagerBackend(ExpertBackend):
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, grads: RowGrads, needs: NeededGrads
     ) -> WeightGrads:
         """Differentiate the loop with respect to the parameters."""
-        leaves = [None if w is None else w.detach().requires_grad_() for w in weights]
-        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None]
+        leaves = [None if w is None else w.detach().requires_grad_() for w in weights.flat()]
+        wanted = [leaf for leaf, need in zip(leaves, needs.flat(), strict=True) if need and leaf is not None]
         if not wanted:
-            return WeightGrads(None, None, None, None, None)
+            return WeightGrads.of([None] * len(leaves), len(weights.up_lora))
         with torch.enable_grad():
-            out = _loop(spec, ExpertWeights.of(leaves), rows)
+            out = _loop(spec, ExpertWeights.of(leaves, weights.scalings), rows)
             # Experts without rows are not part of the loop; this connects their parameters, and zeros come out.
             out = out + sum(0 * leaf.sum() for leaf in wanted)
         found = iter(torch.autograd.grad(out, wanted, grads.for_weights[0]))
-        return WeightGrads(*(next(found) if need else None for need in needs))
+        return WeightGrads.of([next(found) if need else None for need in needs.flat()], len(weights.up_lora))
 
 
 def _loop(spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> Tensor:
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[LoraPair, ...], expert: int) -> Tensor:
         y = x @ (weight[expert] if spec.is_transposed else weight[expert].t())
+        for pair in lora:
+            y = y + pair.scaling * (x @ pair.a[expert].t()) @ pair.b[expert].t()
         return y if bias is None else y + bias[expert]
 
     # Connected to both inputs, so that a rank without rows has gradients (zeros) as well.
@@ -70,8 +80,8 @@ def _loop(spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> Tensor
         if count == 0:
             continue
         row = rows.row_of_R[start:end]
-        hidden = spec.gate(linear(rows.x_ND[row], weights.up, weights.up_bias, expert))
-        y = linear(hidden, weights.down, weights.down_bias, expert)
+        hidden = spec.gate(linear(rows.x_ND[row], weights.up, weights.up_bias, weights.up_lora, expert))
+        y = linear(hidden, weights.down, weights.down_bias, weights.down_lora, expert)
         if spec.post_norm is not None:
             assert weights.post_norm is not None
             y = spec.post_norm(y, weights.post_norm)

@@ -71,7 +71,7 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     """The experts modules of a model, in order; empty for a dense model.
 
     Raises:
-        ValueError: PEFT has wrapped experts, or an activation has parameters of its own.
+        ValueError: an adapter other than LoRA wraps experts, or an activation has parameters of its own.
     """
     found = []
     for name, module in model.named_modules():
@@ -79,10 +79,9 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
             continue
         if name.endswith(".base_layer"):
             raise ValueError(
-                f"PEFT has put an adapter on the experts {name.replace('.base_layer', '')!r}, which expert "
-                "parallelism would feed wrongly. Leave the experts out of `target_parameters` and `target_modules` "
-                "(for example target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']); LoRA on experts is not "
-                "supported yet."
+                f"the experts {name.replace('.base_layer', '')!r} are wrapped by an adapter other than PEFT's LoRA, "
+                "which expert parallelism would feed wrongly. Use LoraConfig(target_parameters="
+                "['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']), or leave the experts out of its targets."
             )
         found.append(_describe(name, module))
     return found

@@ -19,7 +19,7 @@ from hf_moe_accel.hf.keys import compile_key_plan, to_hub_keys
 from hf_moe_accel.weights.export import Convert, export_state, sources
 from hf_moe_accel.weights.plan import KeyPlan
 from hf_moe_accel.weights.ranks import Ranks
-from hf_moe_accel.weights.shards import Shard, shards_of
+from hf_moe_accel.weights.shards import LowRank, Shard, shards_of
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -33,11 +33,14 @@ def export_checkpoint(
     follows the ranks. No rank holds more than its shard of the model and `max_shard_size`. A checkpoint that lies in
     `directory` is replaced once the new files are complete and on the disk.
 
+    Of a PEFT model, what is written is the plain model with the active adapters folded in: in fp32, rounded once to
+    the dtype of the weight.
+
     All ranks must call, with a directory that they share. Works without a process group, for a model on one device.
 
     Args:
         model: a model on one device or one sharded by transformers' `DistributedConfig` (FSDP2 and expert
-            parallelism), possibly wrapped (DDP, torch.compile).
+            parallelism), possibly wrapped (DDP, torch.compile), or a PEFT model with LoRA around one.
         directory: made if it does not exist.
         max_shard_size: upper limit of a file in bytes, or a text such as "5GB". A larger tensor gets a file of its
             own.
@@ -88,14 +91,23 @@ def prepare_export(model: PreTrainedModel, directory: str | os.PathLike[str], *,
     """The first half of `export_checkpoint`: all checks, and all files but the weights. All ranks must call."""
     max_file_bytes = _size_in_bytes(max_shard_size)
     model = unwrap_model(model)
+    added: Mapping[str, tuple[LowRank, ...]] = {}
+    if hasattr(model, "get_base_model"):
+        from hf_moe_accel.hf.peft_bridge import without_adapters  # PEFT need not be installed for others
+
+        state, added = without_adapters(model)
+        model = model.get_base_model()
+    else:
+        state = model.state_dict(keep_vars=True) if isinstance(model, PreTrainedModel) else {}
+        _check_no_adapters(state)
     _check(model)
-    plan = compile_key_plan(model)
-    state = model.state_dict()
+    plan = compile_key_plan(model, state)
     ranks = Ranks.of(state.values())
     with ranks.same_outcome(f"Saving to {directory}"):
         os.makedirs(directory, exist_ok=True)
         _save_config(model, directory, ranks)
     shards = shards_of({name: state[name] for name in sources(plan)}, ranks.world_size)
+    shards |= {name: replace(shards[name], added=each) for name, each in added.items()}
     return Export(plan, shards, directory, max_file_bytes, partial(to_hub_keys, model), ranks)
 
 
@@ -163,6 +175,14 @@ def _size_in_bytes(max_shard_size: int | str) -> int:
             "default) or '500MB'."
         )
     return size
+
+
+def _check_no_adapters(state: Mapping[str, Any]) -> None:
+    if any(".lora_A." in name for name in state):
+        raise ValueError(
+            "the model carries PEFT's adapters: export_checkpoint of the PEFT model around it writes the merged "
+            "model, its save_pretrained the adapter."
+        )
 
 
 def _check(model: PreTrainedModel) -> None:

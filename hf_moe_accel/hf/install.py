@@ -45,12 +45,17 @@ class Binding:
         """Read nothing yet: parameters are looked up at each call, since FSDP2 swaps them."""
         self._spec = found.spec
         self._getters = [None if name is None else attrgetter(name) for name in found.parameters]
+        self._projections = found.parameters[:2]
         self._runtime = runtime
         self._layer = layer
 
     def __call__(self, module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Run the token path on (.., D) hidden states with (.., K) expert numbers and routing weights."""
         parameters = ExpertWeights.of(None if get is None else get(module) for get in self._getters)
+        adapters: Any = module._modules.get("lora")
+        if adapters is not None:
+            up, down = (adapters[name].active_pairs() if name in adapters else () for name in self._projections)
+            parameters = parameters._replace(up_lora=up, down_lora=down)
         top_k = ids.size(-1)
         out = _uncompiled_token_path()(
             self._spec,

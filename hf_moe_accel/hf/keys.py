@@ -27,8 +27,12 @@ aten = torch.ops.aten
 _INSTEAD = "PreTrainedModel.save_pretrained(model, directory) gathers the whole model and saves it."
 
 
-def compile_key_plan(model: PreTrainedModel) -> KeyPlan:
+def compile_key_plan(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> KeyPlan:
     """Where every tensor that `model.save_pretrained` would write comes from.
+
+    Args:
+        model: a model, without adapters.
+        state: the live tensors by the names of the plain model, where the model's own differ, as with PEFT's wrappers.
 
     Holds no collective. Reads names, shapes and dtypes only, so all ranks of a sharded model compile the same plan.
 
@@ -37,7 +41,8 @@ def compile_key_plan(model: PreTrainedModel) -> KeyPlan:
         ValueError: a converter of the model writes in place, depends on the weights' values, or returns what it did
             not make from the weights.
     """
-    state = model.state_dict(keep_vars=True)
+    if state is None:
+        state = model.state_dict(keep_vars=True)
     tracers = {name: _Tracer.of(name, state[name]) for name in _saved_names(model, state)}
     with torch.no_grad():
         hub = to_hub_keys(model, tracers)
@@ -54,7 +59,8 @@ def compile_key_plan(model: PreTrainedModel) -> KeyPlan:
             tensors.append(tensor)
         else:
             groups = _join(groups, ConvertedGroup(tuple(sorted(tracer.sources)), (tensor,)))
-    return KeyPlan(tuple(tensors), tuple(groups), model.num_parameters())
+    parameters = {id(value): value for value in state.values() if isinstance(value, nn.Parameter)}
+    return KeyPlan(tuple(tensors), tuple(groups), sum(value.numel() for value in parameters.values()))
 
 
 def to_hub_keys(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

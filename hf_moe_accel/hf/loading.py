@@ -22,12 +22,15 @@ from hf_moe_accel.hf.keys import original_classes
 from hf_moe_accel.topology import ExpertTopology
 
 
-def distributed_config(topology: ExpertTopology, *, mixed_precision: bool = False) -> DistributedConfig:
+def distributed_config(
+    topology: ExpertTopology, *, mixed_precision: bool = False, rules: dict[str, str] | None = None
+) -> DistributedConfig:
     """Our topology in transformers' words.
 
     Args:
         topology: the layout.
         mixed_precision: fp32 masters, bf16 parameters in forward and backward, fp32 reduction.
+        rules: of expert parallelism, beside the model's own.
     """
     return DistributedConfig(
         fsdp_size=topology.fsdp_size,
@@ -35,6 +38,7 @@ def distributed_config(topology: ExpertTopology, *, mixed_precision: bool = Fals
         ep_size=topology.ep_size,
         ep_implementation=NAME,
         fsdp_mixed_precision=mixed_precision,
+        ep_plan=rules or None,
     )
 
 
@@ -63,7 +67,14 @@ def meta_model(auto_class: Any, source: str | os.PathLike[str], config: Any, **k
         return auto_class.from_config(config, **trust)
 
 
-def shard_in_place(model: Any, topology: ExpertTopology, *, mixed_precision: bool, mesh: Any = None) -> None:
+def shard_in_place(
+    model: Any,
+    topology: ExpertTopology,
+    *,
+    mixed_precision: bool,
+    mesh: Any = None,
+    rules: dict[str, str] | None = None,
+) -> None:
     """Shard a loaded model: each rank keeps its slices of its own full copy. All ranks must call.
 
     Rank 0's weights win, as in DDP: ranks that initialised differently would otherwise shard a mixture.
@@ -73,8 +84,11 @@ def shard_in_place(model: Any, topology: ExpertTopology, *, mixed_precision: boo
         topology: the layout.
         mixed_precision: see `distributed_config`.
         mesh: transformers' meshes of another model of the same layout, or None for process groups of its own.
+        rules: of expert parallelism, beside the model's own.
     """
-    config = distributed_config(topology, mixed_precision=mixed_precision)
+    config = distributed_config(
+        topology, mixed_precision=mixed_precision, rules=rules if topology.ep_size > 1 else None
+    )
     if mesh is None:
         _, _, mesh = type(model).prepare_distribute_model(config)
     device = mesh.get_mesh("fsdp").device_type
@@ -106,6 +120,13 @@ def flatten_expert_mesh(model: Any) -> None:
     model._mesh_manager.get_mesh(("efsdp", "ep"))._flatten("efsdp_ep")
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back what FSDP2 has gathered for a forward pass: only then are a module's parameters those that train."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def load_weights(model: Any, directory: str | os.PathLike[str]) -> None:
     """Read a standard checkpoint into a live model, sharded or not, in place. All ranks must call.
 
@@ -115,9 +136,7 @@ def load_weights(model: Any, directory: str | os.PathLike[str]) -> None:
         ValueError: there are no safetensors weights, or their keys are not the model's.
     """
     files = _weight_files(Path(directory))
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     live = {name: (module, key, p) for name, module, key, p in _named_parameters(model)}
     device = next(model.parameters()).device
     mesh = model._device_mesh

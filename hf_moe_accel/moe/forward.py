@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_moe_accel.dispatch.base import TokenDispatcher
-from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads, RowGrads
+from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads, RowGrads, Scalings
 from hf_moe_accel.moe.replay import Exchange, current_region
 from hf_moe_accel.moe.stats import RoutingStats
 
@@ -71,7 +71,16 @@ def forward(
     dtype = _compute_dtype(weights.up)
     with torch.autocast(x_TD.device.type, enabled=False):
         out: Tensor = _TokenPath.apply(  # type: ignore[no-untyped-call]
-            spec, runtime, layer, dtype, torch.is_grad_enabled(), x_TD, ids_TK, weights_TK, *weights
+            spec,
+            runtime,
+            layer,
+            dtype,
+            torch.is_grad_enabled(),
+            weights.scalings,
+            x_TD,
+            ids_TK,
+            weights_TK,
+            *weights.flat(),
         )
     return out
 
@@ -93,13 +102,14 @@ class _TokenPath(torch.autograd.Function):
         layer: int,
         dtype: torch.dtype,
         counts: bool,
+        scalings: Scalings,
         x_TD: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
         dispatcher, backend = runtime.dispatcher, runtime.backend
-        weights = _cast(parameters, dtype)
+        weights = _cast(parameters, dtype, scalings)
         region = current_region()
         again = region is not None and region.recomputes
         if not dispatcher.moves_rows:
@@ -128,20 +138,21 @@ class _TokenPath(torch.autograd.Function):
 
         tensors, skeleton = _take_tensors((plan, rows, saved))
         ctx.save_for_backward(*tensors, *parameters)
-        ctx.call = (spec, runtime, layer, step, dtype, skeleton, len(tensors))
+        ctx.call = (spec, runtime, layer, step, dtype, scalings, skeleton, len(tensors))
         ctx.dtypes = (x_TD.dtype, weights_TK.dtype)
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        spec, runtime, layer, step, dtype, skeleton, num_tensors = ctx.call
+        spec, runtime, layer, step, dtype, scalings, skeleton, num_tensors = ctx.call
         dispatcher, backend = runtime.dispatcher, runtime.backend
         kept = ctx.saved_tensors
         parameters = kept[num_tensors:]
         plan, rows, saved = _put_tensors(skeleton, iter(kept[:num_tensors]))
-        weights = _cast(parameters, dtype)
-        need_x, _, need_routing, *needs = ctx.needs_input_grad[5:]
+        weights = _cast(parameters, dtype, scalings)
+        need_x, _, need_routing, *train = ctx.needs_input_grad[6:]
+        needs = NeededGrads.of(train, len(weights.up_lora))
 
         with torch.autocast(grad_TD.device.type, enabled=False):
             sending = dispatcher.combine_backward(grad_TD.to(dtype).contiguous(), plan, 0)
@@ -151,7 +162,7 @@ class _TokenPath(torch.autograd.Function):
                 spec, weights, rows, saved, grad_ND, need_x=need_x, need_routing=need_routing
             )
             returning = dispatcher.dispatch_backward(grads.x_ND, grads.weights_R, plan, 0, rows)
-            of_weights = backend.backward_weights(spec, weights, rows, grads, NeededGrads(*needs))
+            of_weights = backend.backward_weights(spec, weights, rows, grads, needs)
             with runtime.waiting(step, layer, "backward, dispatch"):
                 grad_x_TD, grad_weights_TK = returning.wait()
             if of_weights.post_norm is not None:
@@ -160,16 +171,16 @@ class _TokenPath(torch.autograd.Function):
                     of_weights = of_weights._replace(post_norm=dispatcher.sum_over_ep(of_weights.post_norm))
         x_dtype, routing_dtype = ctx.dtypes
         return (
-            *(None,) * 5,
+            *(None,) * 6,
             None if grad_x_TD is None else grad_x_TD.to(x_dtype),
             None,
             None if grad_weights_TK is None else grad_weights_TK.to(routing_dtype),
-            *(None if g is None else g.to(p.dtype) for g, p in zip(of_weights, parameters, strict=True)),
+            *(None if g is None else g.to(p.dtype) for g, p in zip(of_weights.flat(), parameters, strict=True)),
         )
 
 
-def _cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> ExpertWeights:
-    return ExpertWeights.of(None if p is None else p.to(dtype) for p in parameters)
+def _cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype, scalings: Scalings) -> ExpertWeights:
+    return ExpertWeights.of((None if p is None else p.to(dtype) for p in parameters), scalings)
 
 
 class _Slot:

@@ -16,7 +16,8 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, has_length, rotate_checkpoints
 
 from hf_moe_accel.config import MoEAccelConfig
-from hf_moe_accel.hf.loading import load_weights
+from hf_moe_accel.hf.export import MAX_SHARD_SIZE, prepare_export
+from hf_moe_accel.hf.loading import load_weights, reshard
 from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.runtime import MoERuntime
 from hf_moe_accel.trainers.position import Position
@@ -147,8 +148,15 @@ class CheckpointMixin(_Base):
         if self._moe_runtime is None:
             super()._save(output_dir, state_dict)
             return
-        with self._ranks.same_outcome(f"Saving to {output_dir or self.args.output_dir}"):
+        output_dir = output_dir or self.args.output_dir
+        with self._ranks.same_outcome(f"Saving to {output_dir}"):
             super()._save(output_dir, state_dict)
+            if self.moe_config.merge_adapters_on_save and hasattr(self.model, "peft_config"):
+                merged = prepare_export(self.model, Path(output_dir, "merged"), max_shard_size=MAX_SHARD_SIZE)
+                if self._saving is None or merged.needs_the_model:
+                    merged.write(merged.ranks)
+                else:
+                    self._saving.add(merged)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._saving is None:
@@ -156,8 +164,7 @@ class CheckpointMixin(_Base):
             return
         folder = Path(output_dir, STATE_FOLDER)
         with self._ranks.same_outcome(f"Saving to {output_dir}"):
-            parameters = dict(self.model.named_parameters())
-            optimizer = OptimizerSave.of(_plain(self.optimizer), parameters, folder, self._ranks)
+            optimizer = OptimizerSave.of(_plain(self.optimizer), self._parameters(), folder, self._ranks)
             if self._ranks.rank == 0:
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
         self._saving.add(optimizer)
@@ -231,17 +238,26 @@ class CheckpointMixin(_Base):
         return str(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._moe_runtime is None or hasattr(self.model, "peft_config"):
+        if self._moe_runtime is None or not self._load_saved(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         """Read the best checkpoint into the live model. All ranks must call."""
-        if self._moe_runtime is None or hasattr(self.model, "peft_config"):
+        if self._moe_runtime is None or not self._load_saved(str(self.state.best_model_checkpoint)):
             super()._load_best_model()
-            return
-        load_weights(self.model, self.state.best_model_checkpoint)
+
+    def _load_saved(self, directory: str) -> bool:
+        """Read what a checkpoint holds into the live model, or return False where Trainer's own way does."""
+        if not hasattr(self.model, "peft_config"):
+            load_weights(self.model, directory)
+            return True
+        if "moe_accel_adapters" not in self.model.__dict__:
+            return False
+        from hf_moe_accel.hf.peft_bridge import load_adapter
+
+        for adapter in self.model.active_adapters:
+            load_adapter(self.model, directory, adapter)
+        return True
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
@@ -350,11 +366,16 @@ class CheckpointMixin(_Base):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint, STATE_FOLDER)
-        origins = load_optimizer(_plain(self.optimizer), dict(self.model.named_parameters()), folder, self._ranks)
+        origins = load_optimizer(_plain(self.optimizer), self._parameters(), folder, self._ranks)
         state = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(_for_groups(state, origins))
         if self._resume is not None and self.state.global_step != self._resume.global_step:
             _move_to(self.lr_scheduler, self.state.global_step)
+
+    def _parameters(self) -> dict[str, Any]:
+        """Those that the optimizer has, by name."""
+        reshard(self.model)
+        return dict(self.model.named_parameters())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._moe_runtime is None or checkpoint is None:

@@ -17,7 +17,7 @@ from hf_moe_accel.auto import AutoModelForCausalLM
 from hf_moe_accel.config import MoEAccelConfig
 from hf_moe_accel.hf.discover import base_of, find_experts
 from hf_moe_accel.hf.loading import meta_model
-from hf_moe_accel.prepare import choose_setup, prepare_moe_model
+from hf_moe_accel.prepare import adopt_adapters, choose_setup, prepare_moe_model
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.trainers.agree import AgreeingLoader, agreed_count
 from hf_moe_accel.trainers.arguments import refuse_arguments
@@ -37,18 +37,27 @@ class AcceleratedMoEMixin(CheckpointMixin):
         Args:
             args: of the trainer.
             moe_config: how experts are spread and computed; None means: choose well.
-            kwargs: of the trainer. `model` may be a loaded model, a hub id or a local path.
+            kwargs: of the trainer. `model` may be a loaded model, a hub id or a local path; `peft_config` is taken
+                also where the trainer itself knows no such argument.
 
         Raises:
             ValueError: an argument that does not go with a mixture-of-experts model, before weights are read.
         """
         self.moe_config = moe_config or MoEAccelConfig()
-        bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        signature = inspect.signature(super().__init__)
+        peft_config = None if "peft_config" in signature.parameters else kwargs.pop("peft_config", None)
+        bound = signature.bind_partial(*args, **kwargs)
         model, training_args = bound.arguments.get("model"), bound.arguments.get("args")
+        adopt_adapters(model)
         if isinstance(model, str | os.PathLike):
-            bound.arguments["model"] = self._load(model, training_args)
+            before_sharding = peft_config or bound.arguments.get("peft_config")
+            model = bound.arguments["model"] = self._load(model, training_args, before_sharding)
         elif isinstance(model, nn.Module) and find_experts(model):
             refuse_arguments(training_args)
+        if peft_config is not None:
+            from hf_moe_accel.hf.peft_bridge import get_peft_model
+
+            bound.arguments["model"] = get_peft_model(model, peft_config)
         self._user_save_only_model: bool | None = None
         self._ended_epoch: Iterator[Any] | None = None
         try:
@@ -74,7 +83,7 @@ class AcceleratedMoEMixin(CheckpointMixin):
     def _moe_runtime(self) -> MoERuntime | None:
         return None if self.model is None else runtime_of(self.model)
 
-    def _load(self, source: str | os.PathLike[str], training_args: Any) -> Any:
+    def _load(self, source: str | os.PathLike[str], training_args: Any, peft_config: Any) -> Any:
         """The model of a hub id or path; arguments are refused before its weights are read."""
         structure = meta_model(AutoModelForCausalLM._auto_class, source, None)
         is_moe = choose_setup(structure, find_experts(structure), self.moe_config) is not None
@@ -83,12 +92,16 @@ class AcceleratedMoEMixin(CheckpointMixin):
         if training_args is not None:
             # Accelerate makes the process group, with the arguments' backend and timeout, before transformers would.
             _ = training_args.device
+        if peft_config is not None and is_moe:
+            # Adapters on experts come before sharding, which cuts both.
+            return AutoModelForCausalLM._auto_class.from_pretrained(source, dtype="auto")
         return AutoModelForCausalLM.from_pretrained(
             source, moe_config=self.moe_config, fsdp_mixed_precision=_keeps_masters(structure, training_args)
         )
 
     def _prepare_model(self, model: Any, like: Any = None) -> Any:
         """Prepare a model that training made or was given; does nothing to a dense one or one that is prepared."""
+        adopt_adapters(model)
         base = base_of(model)
         if runtime_of(model) is None and choose_setup(base, find_experts(base), self.moe_config) is None:
             return model

@@ -33,18 +33,18 @@ def gather_rows(shard: Shard, wanted: Rows, to: int, ranks: Ranks) -> Tensor | N
     pieces = list(_cover(wanted, shard.held, to))
 
     if rank != to:
-        sends = [shard.local[start - first : stop - first] for holder, start, stop in pieces if holder == rank]
+        sends = [shard.rows(start - first, stop - first) for holder, start, stop in pieces if holder == rank]
         _transfer([_operation(dist.isend, part.contiguous().to(ranks.device), to, ranks) for part in sends])
         return None
     if all(holder == rank for holder, _, _ in pieces):
-        return shard.local[wanted[0] - first : wanted[1] - first]
+        return shard.rows(wanted[0] - first, wanted[1] - first)
     shape = (wanted[1] - wanted[0], *shard.local.shape[1:])
     rows = torch.empty(shape, dtype=shard.local.dtype, device=ranks.device)
     receives = []
     for holder, start, stop in pieces:
         part = rows[start - wanted[0] : stop - wanted[0]]
         if holder == rank:
-            part.copy_(shard.local[start - first : stop - first])
+            part.copy_(shard.rows(start - first, stop - first))
         else:
             receives.append(_operation(dist.irecv, part, holder, ranks))
     _transfer(receives)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,28 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 Rows = tuple[int, int]  # first, and one after the last
 
 
+class LowRank(NamedTuple):
+    """An adapter that is to be folded into a tensor: scaling * b @ a, by rows of the tensor.
+
+    Attributes:
+        a: [e, r, in] of this rank's experts, or [r, in] whole.
+        b: [e, out, r], or [rows of this rank, r].
+        scaling: a factor.
+        is_transposed: the tensor is stored [e, in, out].
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    is_transposed: bool = False
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """What to add to rows of this rank, in fp32."""
+        a = self.a[start:stop] if self.a.ndim == 3 else self.a
+        delta = self.scaling * (self.b[start:stop].float() @ a.float())
+        return delta.transpose(1, 2) if self.is_transposed else delta
+
+
 @dataclass(frozen=True)
 class Shard:
     """One tensor of which every rank holds some rows.
@@ -32,11 +54,13 @@ class Shard:
         shape: of the whole tensor.
         local: [rows of this rank, ...], the live memory or a copy of it; a tensor without dims is one row.
         held: the rows that each rank holds, the same on every rank.
+        added: adapters to fold into the rows when they are read.
     """
 
     shape: tuple[int, ...]
     local: Tensor
     held: tuple[Rows, ...]
+    added: tuple[LowRank, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -56,9 +80,21 @@ class Shard:
             row *= size
         return row * self.local.element_size()
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of this rank, counted from its first one; adapters are added in fp32 and the sum rounded once."""
+        rows = self.local[start:stop]
+        if not self.added:
+            return rows
+        return (rows.float() + sum(each.rows(start, stop) for each in self.added)).to(rows.dtype)
+
     def copy(self) -> Shard:
         """The same with a copy in host memory, which training does not change."""
-        return replace(self, local=torch.empty_like(self.local, device="cpu").copy_(self.local))
+        added = tuple(each._replace(a=_on_host(each.a), b=_on_host(each.b)) for each in self.added)
+        return replace(self, local=_on_host(self.local), added=added)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu").copy_(tensor)
 
 
 def shards_of(tensors: Mapping[str, Tensor], world_size: int) -> dict[str, Shard]:

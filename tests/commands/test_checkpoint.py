@@ -290,7 +290,7 @@ def test_what_is_there_is_left_alone(run: Path, checkpoint: Path, tmp_path: Path
         (checkpoint, full, "is not empty, and nothing in it is overwritten"),
         (checkpoint, full / "mine", "is a file"),
         (checkpoint, checkpoint / "model", "lies in the checkpoint"),
-        (checkpoint, tmp_path / "busy", "busy.partial exists: an export that died has left it"),
+        (checkpoint, tmp_path / "busy", "busy.partial exists: a command that died has left it"),
         (checkpoint, "/proc", "is not empty"),
         (run, tmp_path / "model", f"is no checkpoint: give one, for example {checkpoint}"),
         (tmp_path / "absent", tmp_path / "model", "does not exist"),

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +83,35 @@ def test_plain_transformers_reads_every_key(demo):
     assert len(AutoTokenizer.from_pretrained(folder / "checkpoint")) == model.config.vocab_size
 
 
+def test_with_lora_the_merged_model_and_the_adapter_are_what_was_trained(tmp_path):
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    result = run_cli("demo", "--lora", "--steps", "2", "--nproc", "2", "--output-dir", str(tmp_path), timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1.9 M parameters, LoRA trains 0.8 M" in result.stdout
+    assert "reload     by plain transformers: ok" in result.stdout
+    assert f"{tmp_path / 'adapter'}/\n" in result.stdout
+    (_, before), *_, (_, after) = json.loads((tmp_path / "history.json").read_text())["held_out_loss"]
+    assert after < before - 0.1
+
+    set_seed(0)  # the random weights that the adapter was trained on
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "checkpoint"))
+    reference = load_file(tmp_path / "reference_logits.safetensors")
+    logits = reference.pop("logits")
+    with torch.no_grad():
+        assert (model(**reference).logits - logits).abs().max() > 0.1
+        adapted = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+        is_text = reference["attention_mask"].bool()
+        torch.testing.assert_close(adapted(**reference).logits[is_text], logits[is_text], rtol=0, atol=1e-4)
+
+
+def test_without_lora_the_job_needs_no_peft():
+    code = "import sys; sys.modules['peft'] = None; import hf_moe_accel.demo.job"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.slow
 def test_one_process_launches_nothing(tmp_path):
     result = run_cli("demo", "--steps", "6", "--nproc", "1", "--output-dir", str(tmp_path), timeout=240)
@@ -111,7 +142,7 @@ def test_a_failing_rank_makes_the_command_fail(tmp_path):
 def test_help_lists_the_commands_and_teaches_the_demo():
     assert "demo" in run_cli("--help").stdout
     text = run_cli("demo", "--help").stdout
-    for word in ("--output-dir", "--steps", "--nproc", "--seed", "exit code", "examples", "torchrun"):
+    for word in ("--output-dir", "--steps", "--nproc", "--seed", "--lora", "exit code", "examples", "torchrun"):
         assert word in text
 
 

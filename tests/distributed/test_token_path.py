@@ -23,7 +23,19 @@ from hf_moe_accel.moe.forward import forward
 from hf_moe_accel.moe.replay import keep_exchanges
 from hf_moe_accel.runtime import MoERuntime
 from hf_moe_accel.topology import ExpertTopology
-from tests.helpers.grids import HIDDEN, KINDS, TOKENS, Case, grid, make_batch, make_spec, make_weights, needed_grads
+from tests.helpers.grids import (
+    HIDDEN,
+    KINDS,
+    TOKENS,
+    Case,
+    add_adapters,
+    grid,
+    make_batch,
+    make_spec,
+    make_weights,
+    names_of,
+    needed_grads,
+)
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import assert_close
 
@@ -75,10 +87,18 @@ def assert_equal_but_for_rounding(actual: Tensor, expected: Tensor, dtype: torch
 
 def leaves_of(weights: ExpertWeights, trained: str) -> ExpertWeights:
     needs = needed_grads(trained, weights)
-    return ExpertWeights.of(
+    flat = (
         None if weight is None else weight.clone().requires_grad_(need)
-        for weight, need in zip(weights, needs, strict=True)
+        for weight, need in zip(weights.flat(), needs.flat(), strict=True)
     )
+    return ExpertWeights.of(flat, weights.scalings)
+
+
+def part_of(weights: ExpertWeights, rank: int, world_size: int) -> ExpertWeights:
+    """The parameters of a rank's experts."""
+    local = NUM_EXPERTS // world_size
+    flat = (w if w is None or w.dim() == 1 else w[rank * local : (rank + 1) * local] for w in weights.flat())
+    return ExpertWeights.of(flat, weights.scalings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,13 +108,17 @@ CASES = grid(
     {
         "tokens": TOKENS,
         "kind": tuple(KINDS),
-        "trained": ("all", "none", "projections"),
+        "trained": ("all", "none", "projections", "factors"),
         "backend": tuple(EXPERT_BACKENDS),
         "dtype": (torch.float32, torch.bfloat16),
         "top_k": (TOP_K, 1),
         "world_size": (2, 4),
     }
 )
+
+
+def adapters_of(case: Case) -> str:
+    return "two" if case["trained"] == "factors" else "none"
 
 
 def run_path(
@@ -112,21 +136,22 @@ def run_path(
     assert out.dtype == x.dtype
     if out.requires_grad:
         out.backward(grad)
-    of_weights = {f"d {name}": None if w is None else w.grad for name, w in weights._asdict().items()}
+    flat = zip(names_of(weights), weights.flat(), strict=True)
+    of_weights = {f"d {name}": None if w is None else w.grad for name, w in flat}
     return {"out": out, "d x": x.grad, "d routing": routing.grad} | of_weights
 
 
 def path_on_ranks(case: Case) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     spec = make_spec(NUM_EXPERTS, **KINDS[case["kind"]])
-    full, local = make_weights(spec, case["dtype"]), NUM_EXPERTS // world_size
-    mine = [w if w is None or w.dim() == 1 else w[rank * local : (rank + 1) * local] for w in full]
+    full = add_adapters(make_weights(spec, case["dtype"]), spec, adapters_of(case))
+    mine = part_of(full, rank, world_size)
     batch = make_batch(case["tokens"], world_size, NUM_EXPERTS, case["top_k"], HIDDEN)
     x, ids, routing = batch[rank]
     inputs = x.to(case["dtype"]), ids, routing
     grad = gradients(batch, case["dtype"])[rank]
     with closing(make_runtime(case["backend"], dist.group.WORLD)) as runtime:
-        return run_path(spec, leaves_of(ExpertWeights.of(mine), case["trained"]), runtime, inputs, grad)
+        return run_path(spec, leaves_of(mine, case["trained"]), runtime, inputs, grad)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -134,7 +159,8 @@ def test_ranks_equal_one_process(case: Case) -> None:
     spec = make_spec(NUM_EXPERTS, **KINDS[case["kind"]])
     batch = make_batch(case["tokens"], case["world_size"], NUM_EXPERTS, case["top_k"], HIDDEN)
     x, ids, routing = concatenated(batch)
-    weights = leaves_of(make_weights(spec, case["dtype"]), case["trained"])
+    full = add_adapters(make_weights(spec, case["dtype"]), spec, adapters_of(case))
+    weights = leaves_of(full, case["trained"])
     runtime = make_runtime(case["backend"])
     grad = torch.cat(gradients(batch, case["dtype"]))
     expected = run_path(spec, weights, runtime, (x.to(case["dtype"]), ids, routing), grad)
@@ -154,7 +180,7 @@ def test_ranks_equal_one_process(case: Case) -> None:
 
 def assert_trained(result: dict[str, Any], weights: ExpertWeights, trained: str) -> None:
     """Exactly the parameters that train have a gradient; `result` is of `run_path`."""
-    for name, need in needed_grads(trained, weights)._asdict().items():
+    for name, need in zip(names_of(weights), needed_grads(trained, weights).flat(), strict=True):
         assert (result[f"d {name}"] is not None) == need, name
 
 
@@ -168,8 +194,7 @@ GRADIENT_LAYOUTS = {
 def path_with_layout(layout: str, backend: str) -> None:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     spec = make_spec(NUM_EXPERTS, **KINDS["gated"])
-    local = slice(rank * NUM_EXPERTS // world_size, (rank + 1) * NUM_EXPERTS // world_size)
-    mine = ExpertWeights.of(None if w is None else w[local] for w in make_weights(spec))
+    mine = part_of(make_weights(spec), rank, world_size)
     inputs = make_batch("uneven", world_size, NUM_EXPERTS, TOP_K, HIDDEN)[rank]
     grad = GRADIENT_LAYOUTS[layout](*inputs[0].shape)
     assert not grad.is_contiguous()
@@ -215,13 +240,14 @@ class Layer(nn.Module):
         super().__init__()
         self.spec, self.layer, self.runtime = make_spec(NUM_EXPERTS, **KINDS[kind]), layer, runtime
         weights = make_weights(self.spec, seed=layer)
-        for (name, weight), need in zip(weights._asdict().items(), needed_grads(trained, weights), strict=True):
+        needs = needed_grads(trained, weights).flat()
+        for name, weight, need in zip(names_of(weights), weights.flat(), needs, strict=True):
             if mesh is not None and weight is not None and weight.dim() > 1:
                 weight = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
             self.register_parameter(name, None if weight is None else nn.Parameter(weight, requires_grad=need))
 
     def forward(self, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
-        parameters = (getattr(self, name) for name in ExpertWeights._fields)
+        parameters = (getattr(self, name) for name in ExpertWeights._fields[:5])
         local = ExpertWeights.of(p.to_local() if isinstance(p, DTensor) else p for p in parameters)
         return forward(self.spec, x, ids, routing, local, self.runtime, self.layer)
 
@@ -357,11 +383,11 @@ class Spy(EagerBackend):
         self.seen: set[torch.dtype] = set()
 
     def forward(self, spec: Any, weights: Any, rows: Any) -> Any:
-        self.seen |= {rows.x_ND.dtype, *(w.dtype for w in weights if w is not None)}
+        self.seen |= {rows.x_ND.dtype, *(w.dtype for w in weights.flat() if w is not None)}
         return super().forward(spec, weights, rows)
 
     def backward_rows(self, spec: Any, weights: Any, rows: Any, saved: Any, grad_ND: Tensor, **needs: bool) -> Any:
-        self.seen |= {grad_ND.dtype, rows.x_ND.dtype, *(w.dtype for w in weights if w is not None)}
+        self.seen |= {grad_ND.dtype, rows.x_ND.dtype, *(w.dtype for w in weights.flat() if w is not None)}
         return super().backward_rows(spec, weights, rows, saved, grad_ND, **needs)
 
 
@@ -420,14 +446,11 @@ def test_a_recompute_is_not_counted(use_reentrant: bool) -> None:
 # What is kept between forward and backward
 
 
-def path_with_hooks(kind: str, backend: str, autocast: bool) -> None:
+def path_with_hooks(kind: str, adapters: str, backend: str, autocast: bool) -> None:
     """Packs each saved tensor as a copy and then spoils the original: nothing else may carry the backward pass."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    spec, local = make_spec(NUM_EXPERTS, **KINDS[kind]), NUM_EXPERTS // world_size
-    full = make_weights(spec)
-    mine = ExpertWeights.of(
-        w if w is None or w.dim() == 1 else w[rank * local : (rank + 1) * local].contiguous() for w in full
-    )
+    spec = make_spec(NUM_EXPERTS, **KINDS[kind])
+    mine = part_of(add_adapters(make_weights(spec), spec, adapters), rank, world_size)
     batch = make_batch("uneven", world_size, NUM_EXPERTS, TOP_K, HIDDEN)
     grad = gradients(batch, torch.float32)[rank]
     saved: list[Tensor] = []
@@ -454,12 +477,13 @@ def path_with_hooks(kind: str, backend: str, autocast: bool) -> None:
                     out = forward(spec, x, ids, routing, weights, runtime, 0)
                     result = out.detach().clone()
             out.backward(grad)
-        of_weights = {name: None if w is None else w.grad for name, w in weights._asdict().items()}
+        flat = zip(names_of(weights), weights.flat(), strict=True)
+        of_weights = {name: None if w is None else w.grad for name, w in flat}
         return {"out": result, "x": x.grad, "routing": routing.grad} | of_weights
 
     expected = run(leaves_of(mine, "all"), hooked=False)
     weights = leaves_of(mine, "all")
-    parameters = [w for w in weights if w is not None]
+    parameters = [w for w in weights.flat() if w is not None]
     actual = run(weights, hooked=True)
     assert_equal_where_present(actual, expected)
     storages = [tensor.untyped_storage().data_ptr() for tensor in saved]
@@ -473,8 +497,12 @@ def path_with_hooks(kind: str, backend: str, autocast: bool) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    ("kind", "adapters"), [*((kind, "none") for kind in KINDS), ("gated", "both"), ("gated", "two")]
+)
 @pytest.mark.parametrize("backend", list(EXPERT_BACKENDS))
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_saved_tensors_are_all_that_is_kept(world_size: int, backend: str, kind: str, autocast: bool) -> None:
-    run_ranks(path_with_hooks, world_size, kind, backend, autocast)
+def test_saved_tensors_are_all_that_is_kept(
+    world_size: int, backend: str, kind: str, adapters: str, autocast: bool
+) -> None:
+    run_ranks(path_with_hooks, world_size, kind, adapters, backend, autocast)

@@ -133,7 +133,9 @@ def test_token_path_equals_the_cpu(backend: str, kind: str) -> None:
     results = {}
     for device in ("cpu", "cuda"):
         spec, weights, inputs = token_path.simple_call(kind)
-        weights = ExpertWeights.of(None if w is None else w.detach().to(device).requires_grad_() for w in weights)
+        weights = ExpertWeights.of(
+            None if w is None else w.detach().to(device).requires_grad_() for w in weights.flat()
+        )
         inputs = tuple(tensor.to(device) for tensor in inputs)
         grad = token_path.draw(inputs[0].shape, torch.float32, 1).to(device)
         results[device] = token_path.run_path(spec, weights, token_path.make_runtime(backend), inputs, grad)
@@ -144,7 +146,7 @@ def test_token_path_equals_the_cpu(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_autocast_with_fp32_masters_computes_in_bf16(kind: str) -> None:
     spec, weights, inputs = token_path.simple_call(kind)
-    weights = ExpertWeights.of(None if w is None else w.detach().cuda().requires_grad_() for w in weights)
+    weights = ExpertWeights.of(None if w is None else w.detach().cuda().requires_grad_() for w in weights.flat())
     inputs = tuple(tensor.cuda() for tensor in inputs)
     spy = token_path.Spy()
     with torch.autocast("cuda", torch.bfloat16):

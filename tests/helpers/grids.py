@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_moe_accel.experts.base import ExpertsSpec, ExpertWeights, NeededGrads
+from hf_moe_accel.experts.base import ExpertsSpec, ExpertWeights, Factors, LoraPair, NeededGrads
 from hf_moe_accel.ops.permutation import Dispatched, order_by_expert
 
 Case = dict[str, Any]
@@ -125,6 +125,7 @@ def make_weights(spec: ExpertsSpec, dtype: torch.dtype = torch.float32, seed: in
 TRAINED = {
     "all": NeededGrads(True, True, True, True, True),
     "none": NeededGrads(False, False, False, False, False),
+    "factors": NeededGrads(False, False, False, False, False),
     "up": NeededGrads(True, False, True, False, False),
     "down": NeededGrads(False, True, False, True, False),
     "projections": NeededGrads(True, True, False, False, False),
@@ -132,10 +133,56 @@ TRAINED = {
 }
 
 
-def needed_grads(trained: str, weights: ExpertWeights) -> NeededGrads:
-    """Which parameters train: the entry of `TRAINED`, without the parameters that these experts lack."""
-    needs = zip(TRAINED[trained], weights, strict=True)
-    return NeededGrads(*(need and weight is not None for need, weight in needs))
+def needed_grads(trained: str, weights: ExpertWeights, factors: str = "ab") -> NeededGrads:
+    """Which parameters train: the entry of `TRAINED`, without the parameters that these experts lack.
+
+    Of LoRA pairs, the named factors train.
+    """
+    flat = zip(TRAINED[trained].flat(), weights.flat()[:5], strict=True)
+    lora = (weights.up_lora, weights.down_lora)
+    return NeededGrads(
+        *(need and weight is not None for need, weight in flat),
+        *(tuple(Factors("a" in factors, "b" in factors) for _ in pairs) for pairs in lora),
+    )
+
+
+def names_of(weights: ExpertWeights) -> list[str]:
+    """Of the parameters, in the order of `ExpertWeights.flat`."""
+    pairs = [(name, i) for name in ("up_lora", "down_lora") for i in range(len(getattr(weights, name)))]
+    return [*ExpertWeights._fields[:5], *(f"{name}.{i}.{factor}" for name, i in pairs for factor in "ab")]
+
+
+# Ranks of the pairs of the first and of the second projection.
+ADAPTERS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "none": ((), ()),
+    "up": ((4,), ()),
+    "down": ((), (16,)),
+    "both": ((16,), (4,)),
+    "two": ((4, 16), (16, 6)),
+}
+
+
+def add_adapters(
+    weights: ExpertWeights, spec: ExpertsSpec, adapters: str, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> ExpertWeights:
+    """With the pairs of an entry of `ADAPTERS`, such that each adds values of order one half."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    e = spec.num_experts
+
+    def pairs(ranks: tuple[int, ...], into: int, out: int) -> tuple[LoraPair, ...]:
+        found = []
+        for i, rank in enumerate(ranks):
+            scaling = 0.7 - 0.3 * i
+            a = into**-0.5 * torch.randn(e, rank, into, generator=generator)
+            b = 0.5 / scaling * rank**-0.5 * torch.randn(e, out, rank, generator=generator)
+            found.append(LoraPair(a.to(dtype), b.to(dtype), scaling))
+        return tuple(found)
+
+    up, down = ADAPTERS[adapters]
+    return weights._replace(
+        up_lora=pairs(up, spec.hidden_size, spec.pre_activation_size),
+        down_lora=pairs(down, spec.intermediate_size, spec.hidden_size),
+    )
 
 
 # The kinds of experts that transformers has.

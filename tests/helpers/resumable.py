@@ -69,6 +69,7 @@ def make_trainer(
     model: Callable[[], nn.Module] | None = None,
     ep_size: int | str = "auto",
     async_save: bool = False,
+    merge_adapters_on_save: bool = False,
     trainer_class: type[Trainer] = RecordingTrainer,
     options: dict[str, Any] | None = None,
     **arguments: Any,
@@ -95,7 +96,9 @@ def make_trainer(
     )
     return trainer_class(
         args=TrainingArguments(**(defaults | arguments)),
-        moe_config=MoEAccelConfig(ep_size=ep_size, async_save=async_save),
+        moe_config=MoEAccelConfig(
+            ep_size=ep_size, async_save=async_save, merge_adapters_on_save=merge_adapters_on_save
+        ),
         **({"model": (model or _plain_model)(), "train_dataset": numbered_rows()} | (options or {})),
     )
 

@@ -213,6 +213,7 @@ def test_clearing_the_output_removes_an_earlier_demo_and_nothing_else(tmp_path):
     files = OutputFiles(tmp_path / "out")
     files.clear()
     files.checkpoint.mkdir()
+    files.adapter.mkdir()
     for path in (files.picture, files.history, files.reference, files.checkpoint / "config.json"):
         path.write_text("old")
     mine = files.folder / "notes.txt"
@@ -228,6 +229,15 @@ def test_missing_matplotlib_is_named_before_anything_starts(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'hf_moe_accel\[demo\]'"):
         check_demo(DemoOptions())
+
+
+def test_lora_needs_peft_and_the_demo_without_it_does_not(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else object())
+    check_demo(DemoOptions(str(tmp_path)))
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--lora", "--output-dir", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "pip install 'hf_moe_accel[lora]'" in capsys.readouterr().err
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

@@ -18,7 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hf_moe_accel.dispatch.local import LocalDispatcher
 from hf_moe_accel.experts import EXPERT_BACKENDS
-from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads
+from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights
 from hf_moe_accel.hf.discover import find_experts
 from hf_moe_accel.moe.forward import forward
 from hf_moe_accel.ops.permutation import Dispatched
@@ -35,6 +35,7 @@ from tests.helpers.grids import (
     make_rows,
     make_spec,
     make_weights,
+    names_of,
     needed_grads,
 )
 from tests.helpers.tolerances import assert_close
@@ -75,7 +76,7 @@ def inputs_of(case: Case, device: str) -> tuple[ExpertsSpec, ExpertWeights, Disp
     rows = make_rows(case["rows"], NUM_EXPERTS, case["dtype"])
     return (
         spec,
-        ExpertWeights.of(None if weight is None else weight.to(device) for weight in weights),
+        ExpertWeights.of(None if weight is None else weight.to(device) for weight in weights.flat()),
         Dispatched(*(tensor.to(device) for tensor in rows)),
     )
 
@@ -98,7 +99,8 @@ def results(
         need_routing="routing" in case["rows_need"],
     )
     of_weights = backend.backward_weights(spec, weights, rows, grads, needs)
-    return {"out": out, "x": grads.x_ND, "routing": grads.weights_R} | of_weights._asdict()
+    of_names = zip(names_of(weights), of_weights.flat(), strict=True)
+    return {"out": out, "x": grads.x_ND, "routing": grads.weights_R} | dict(of_names)
 
 
 def check_equals_eager(name: str, case: Case, device: str) -> None:
@@ -107,7 +109,8 @@ def check_equals_eager(name: str, case: Case, device: str) -> None:
     actual = results(backend_of(name), spec, weights, rows, case)
     expected = results(backend_of("eager"), spec, weights, rows, case)
     wanted = {"out", *case["rows_need"].split(" and ")}
-    wanted |= {key for key, need in needed_grads(case["trained"], weights)._asdict().items() if need}
+    needs = needed_grads(case["trained"], weights).flat()
+    wanted |= {key for key, need in zip(names_of(weights), needs, strict=True) if need}
     for result in (actual, expected):
         assert {key for key, value in result.items() if value is not None} == wanted
         if "routing" in wanted:
@@ -140,7 +143,7 @@ def test_frozen_weights_cost_no_products(trained: str, products: int, monkeypatc
     found = results(backend_of("grouped_mm"), *inputs_of(case, "cpu"), case)
     assert len(calls) == products
     trains = TRAINED[trained]._asdict()
-    assert all((found[key] is not None) == (trains[key] and key != "post_norm") for key in NeededGrads._fields)
+    assert all((found[key] is not None) == (trains[key] and key != "post_norm") for key in ExpertWeights._fields[:5])
 
 
 @pytest.mark.parametrize("post_norm", [False, True])

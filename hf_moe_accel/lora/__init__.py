@@ -1,0 +1,1 @@
+"""Station 3, rows adapt: the factors of experts' adapters, and how PEFT lays them out."""
