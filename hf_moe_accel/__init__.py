@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_moe_accel.config import MoEAccelConfig
     from hf_moe_accel.hf.export import export_checkpoint
     from hf_moe_accel.hf.peft_bridge import get_peft_model
+    from hf_moe_accel.hf.per_expert import export_adapter
     from hf_moe_accel.optim import clip_grad_norm_, parameter_groups
     from hf_moe_accel.prepare import prepare_moe_model
     from hf_moe_accel.trainers.hf import AcceleratedMoETrainer
@@ -29,6 +30,7 @@ _MODULE_OF = {
     "MoEAccelCallback": "callbacks.plugin",
     "MoEAccelConfig": "config",
     "clip_grad_norm_": "optim",
+    "export_adapter": "hf.per_expert",
     "export_checkpoint": "hf.export",
     "get_peft_model": "hf.peft_bridge",
     "parameter_groups": "optim",
@@ -42,6 +44,7 @@ __all__ = [
     "MoEAccelCallback",
     "MoEAccelConfig",
     "clip_grad_norm_",
+    "export_adapter",
     "export_checkpoint",
     "get_peft_model",
     "parameter_groups",

@@ -135,7 +135,7 @@ def load_weights(model: Any, directory: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: there are no safetensors weights, or their keys are not the model's.
     """
-    files = _weight_files(Path(directory))
+    files = weight_files(Path(directory))
     reshard(model)
     live = {name: (module, key, p) for name, module, key, p in _named_parameters(model)}
     device = next(model.parameters()).device
@@ -167,7 +167,7 @@ def load_weights(model: Any, directory: str | os.PathLike[str]) -> None:
         raise ValueError(f"{directory} does not fit {type(model).__name__}: {wrong}")
 
 
-def _weight_files(directory: Path) -> list[str]:
+def weight_files(directory: Path) -> list[str]:
     """The files that belong to the checkpoint, whatever else lies in its directory."""
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SAFE_WEIGHTS_NAME}

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hf_moe_accel.hf.keys import compile_key_plan
-from hf_moe_accel.hf.loading import _weight_files, meta_model
+from hf_moe_accel.hf.loading import meta_model, weight_files
 from hf_moe_accel.weights.export import INDEX_NAME, MAX_PART_BYTES
 from hf_moe_accel.weights.files import flush_file, read_json
 from hf_moe_accel.weights.manifest import MANIFEST_NAME
@@ -264,7 +264,7 @@ def _base_files(base: Path) -> list[WeightFile]:
     if any(part.get("quantization_config") or part.get("compression_config") for part in parts):
         raise ValueError(f"BASE {base} is quantized (quantization_config in {_CONFIG}): give its unquantized weights")
     files = []
-    for path in map(Path, _weight_files(base)):
+    for path in map(Path, weight_files(base)):
         if path.parent != base:
             raise ValueError(f"BASE {base} has {path} in its {INDEX_NAME}, and weight files lie beside it: move them")
         try:
