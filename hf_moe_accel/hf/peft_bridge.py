@@ -31,6 +31,7 @@ from hf_moe_accel.experts.base import LoraPair
 from hf_moe_accel.hf.loading import reshard
 from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.lora import peft_layout
+from hf_moe_accel.weights.gather import gather_rows
 from hf_moe_accel.weights.ranks import Ranks
 from hf_moe_accel.weights.shards import LowRank, shards_of
 
@@ -330,9 +331,10 @@ def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwarg
     file_keys: dict[str, str] = {}
     for adapter in kwargs.get("selected_adapters") or list(model.peft_config):
         for each in _tensors(model, adapter):
-            whole = each.parameter.full_tensor() if isinstance(each.parameter, DTensor) else each.parameter
-            if ranks.rank == 0:
-                state[each.name] = each.into(whole.detach()).contiguous().cpu()
+            (shard,) = shards_of({each.name: each.parameter}, ranks.world_size).values()
+            whole = gather_rows(shard, (0, shard.num_rows), 0, ranks)
+            if whole is not None:
+                state[each.name] = each.into(whole.reshape(shard.shape)).contiguous().cpu()
                 file_keys[each.name.replace(f".{adapter}.", ".")] = each.file_key
     with ranks.same_outcome(f"Saving the adapter to {save_directory}"):
         if ranks.rank == 0:
