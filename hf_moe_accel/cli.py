@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 DEMO_DESCRIPTION = """\
 Train a small Qwen3-MoE from random weights, with expert parallelism, and prove the result.
@@ -151,10 +154,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         from hf_moe_accel.demo.options import DemoOptions
 
         options = DemoOptions(arguments.output_dir, arguments.steps, arguments.nproc, arguments.seed, arguments.lora)
-        try:
-            check_demo(options)
-        except ValueError as error:
-            parser.error(str(error))
+        _checked(parser, check_demo, options)
         return run_demo(options)
 
     parser.set_defaults(run=run)
@@ -182,10 +182,7 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
         # Imported here: torch takes seconds, and --help shall not.
         from hf_moe_accel.commands import checkpoint
 
-        try:
-            checkpoint.check_verify(arguments.directory)
-        except ValueError as error:
-            verify.error(str(error))
+        _checked(verify, checkpoint.check_verify, arguments.directory)
         return checkpoint.verify(arguments.directory)
 
     verify.set_defaults(run=run_verify)
@@ -203,10 +200,7 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
     def run_export(arguments: argparse.Namespace) -> int:
         from hf_moe_accel.commands import checkpoint
 
-        try:
-            checkpoint.check_export(arguments.directory, arguments.out)
-        except ValueError as error:
-            export.error(str(error))
+        _checked(export, checkpoint.check_export, arguments.directory, arguments.out)
         return checkpoint.export(arguments.directory, arguments.out)
 
     export.set_defaults(run=run_export)
@@ -230,13 +224,17 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         # Imported here: torch and transformers take seconds, and --help shall not.
         from hf_moe_accel.commands.merge import check_merge, merge
 
-        try:
-            plan = check_merge(arguments.base, arguments.adapter, arguments.out)
-        except ValueError as error:
-            parser.error(str(error))
-        return merge(plan, arguments.out)
+        return merge(_checked(parser, check_merge, arguments.base, arguments.adapter, arguments.out), arguments.out)
 
     parser.set_defaults(run=run)
+
+
+def _checked(parser: argparse.ArgumentParser, check: Callable[..., T], *arguments: object) -> T:
+    """What a check returns; where it raises a `ValueError`, the command ends with it and exit code 2."""
+    try:
+        return check(*arguments)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _positive(text: str) -> int:

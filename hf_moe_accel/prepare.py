@@ -375,13 +375,9 @@ def _save_pretrained(
         kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
         export_and_upload(model, save_directory, max_shard_size=max_shard_size, tags=model.model_tags, **kwargs)
         return
-    export = prepare_export(model, save_directory, max_shard_size=max_shard_size)
     runtime = runtime_of(model)
     assert runtime is not None
-    if runtime.saving is None or export.needs_the_model:
-        export.write(export.ranks)
-    else:
-        runtime.saving.add(export)
+    prepare_export(model, save_directory, max_shard_size=max_shard_size).finish(runtime.saving)
 
 
 def _push_to_hub(model: Any, repo_id: str, **kwargs: Any) -> str | None:

@@ -16,6 +16,7 @@ from transformers.utils.hub import convert_file_size_to_int, create_and_tag_mode
 
 from hf_moe_accel.hf.discover import class_name
 from hf_moe_accel.hf.keys import compile_key_plan, to_hub_keys
+from hf_moe_accel.weights.checkpoint import CheckpointSave
 from hf_moe_accel.weights.export import Convert, export_state, sources
 from hf_moe_accel.weights.plan import KeyPlan
 from hf_moe_accel.weights.ranks import Ranks
@@ -51,8 +52,7 @@ def export_checkpoint(
         AllRanksError: a rank failed, for example because its disk is full; raised on all ranks. One process raises
             the error itself.
     """
-    export = prepare_export(model, directory, max_shard_size=max_shard_size)
-    export.write(export.ranks)
+    prepare_export(model, directory, max_shard_size=max_shard_size).finish(None)
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,13 @@ class Export:
     convert: Convert
     ranks: Ranks
 
-    @property
-    def needs_the_model(self) -> bool:
-        """Whether writing runs the model's own converters, for which it must not be training meanwhile."""
-        return bool(self.plan.groups)
+    def finish(self, saving: CheckpointSave | None) -> None:
+        """Write the weights, or leave that to a checkpoint that is being saved. All ranks must call."""
+        # Groups are made by the model's own converters, for which it must not be training meanwhile.
+        if saving is None or self.plan.groups:
+            self.write(self.ranks)
+        else:
+            saving.add(self)
 
     def copy(self) -> Export:
         """The same from a copy of the weights in host memory."""

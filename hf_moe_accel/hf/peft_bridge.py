@@ -244,6 +244,8 @@ def without_adapters(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[Low
     names: dict[str, str | None] = {name: name for name in live}
     added: dict[str, tuple[LowRank, ...]] = {}
     for path, module in base.named_modules():
+        if not isinstance(module, ParameterLora | LoraLayer | ModulesToSaveWrapper):
+            continue
         below = [name for name in live if name.startswith(f"{path}.")]
         if isinstance(module, ParameterLora):
             names |= dict.fromkeys(below)
@@ -254,7 +256,7 @@ def without_adapters(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[Low
             start = f"{path}.base_layer."
             names |= {name: f"{path}.{name[len(start) :]}" if name.startswith(start) else None for name in below}
             added[f"{path}.weight"] = tuple(_of_linear(path, module, adapter, ranks) for adapter in _active(module))
-        elif isinstance(module, ModulesToSaveWrapper):
+        else:
             kept = (
                 f"{path}.modules_to_save.{module.active_adapters[0]}."
                 if _active(module)

@@ -153,10 +153,7 @@ class CheckpointMixin(_Base):
             super()._save(output_dir, state_dict)
             if self.moe_config.merge_adapters_on_save and hasattr(self.model, "peft_config"):
                 merged = prepare_export(self.model, Path(output_dir, "merged"), max_shard_size=MAX_SHARD_SIZE)
-                if self._saving is None or merged.needs_the_model:
-                    merged.write(merged.ranks)
-                else:
-                    self._saving.add(merged)
+                merged.finish(self._saving)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._saving is None:

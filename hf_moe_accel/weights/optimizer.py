@@ -174,7 +174,11 @@ def load_optimizer(
                 state_dict_loader.load(
                     {},
                     storage_reader=reader,
-                    planner=_LoadPlanner(shards, ranks.rank, replicated=set(tensors) - _sharded(tensors)),
+                    planner=_LoadPlanner(
+                        shards,
+                        ranks.rank,
+                        replicated={name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)},
+                    ),
                     process_group=ranks.group,
                     no_dist=ranks.world_size == 1,
                 )
@@ -256,10 +260,6 @@ def _empty(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return torch.empty(shape, dtype=dtype, device=local.device)
-
-
-def _sharded(tensors: Mapping[str, Tensor]) -> set[str]:
-    return {name for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
 
 
 def _spread(shards: Mapping[str, Shard], world_size: int) -> dict[str, int]:

@@ -63,11 +63,6 @@ class Shard:
     added: tuple[LowRank, ...] = ()
 
     @property
-    def nbytes(self) -> int:
-        """The size of the whole tensor in bytes."""
-        return self.row_bytes * self.num_rows
-
-    @property
     def num_rows(self) -> int:
         """Rows of the whole tensor."""
         return self.shape[0] if self.shape else 1
