@@ -71,7 +71,7 @@ def export_and_compare(directory):
     peak = peak_of_export(model, directory)
     assert_written(shards, directory)
     shard = sum(shard.local.nbytes for shard in shards.values())
-    largest = max(shard.nbytes for shard in shards.values())
+    largest = max(shard.row_bytes * shard.num_rows for shard in shards.values())
     return shard, largest, peak
 
 
