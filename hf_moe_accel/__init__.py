@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from hf_moe_accel.callbacks.plugin import MoEAccelCallback
     from hf_moe_accel.config import MoEAccelConfig
     from hf_moe_accel.hf.export import export_checkpoint
-    from hf_moe_accel.hf.peft_bridge import get_peft_model
-    from hf_moe_accel.hf.per_expert import export_adapter
+    from hf_moe_accel.hf.peft_bridge import PeftModel, export_adapter, get_peft_model
     from hf_moe_accel.optim import clip_grad_norm_, parameter_groups
     from hf_moe_accel.prepare import prepare_moe_model
     from hf_moe_accel.trainers.hf import AcceleratedMoETrainer
@@ -29,8 +28,9 @@ _MODULE_OF = {
     "AutoModelForCausalLM": "auto",
     "MoEAccelCallback": "callbacks.plugin",
     "MoEAccelConfig": "config",
+    "PeftModel": "hf.peft_bridge",
     "clip_grad_norm_": "optim",
-    "export_adapter": "hf.per_expert",
+    "export_adapter": "hf.peft_bridge",
     "export_checkpoint": "hf.export",
     "get_peft_model": "hf.peft_bridge",
     "parameter_groups": "optim",
@@ -43,6 +43,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "MoEAccelCallback",
     "MoEAccelConfig",
+    "PeftModel",
     "clip_grad_norm_",
     "export_adapter",
     "export_checkpoint",

@@ -219,12 +219,19 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "adapter", metavar="ADAPTER", help="what PEFT saved: a directory (a run's checkpoint is one), or a hub id"
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="a directory, which is made and must not hold anything")
+    parser.add_argument(
+        "--layout",
+        choices=("current", "swapped"),
+        help="how the adapter's factors of experts lie: 'current' if PEFT 0.19.1 or later saved them, 'swapped' if an "
+        "earlier one did. Seen from their shapes unless an expert has as many inputs as outputs",
+    )
 
     def run(arguments: argparse.Namespace) -> int:
         # Imported here: torch and transformers take seconds, and --help shall not.
         from hf_moe_accel.commands.merge import check_merge, merge
 
-        return merge(_checked(parser, check_merge, arguments.base, arguments.adapter, arguments.out), arguments.out)
+        wanted = (arguments.base, arguments.adapter, arguments.out, arguments.layout)
+        return merge(_checked(parser, check_merge, *wanted), arguments.out)
 
     parser.set_defaults(run=run)
 

@@ -69,6 +69,14 @@ class MoEAccelConfig:
             "`merged/` beside it: a standard checkpoint for transformers, vLLM and SGLang."
         },
     )
+    per_expert_adapter_on_save: bool = field(
+        default=False,
+        metadata={
+            "help": "Where a LoRA adapter is saved, write it also with a pair of matrices for each expert, to "
+            "`per_expert/` beside it: the form that vLLM and SGLang read. Only for models whose hub checkpoints store "
+            "experts one by one."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check each value by arithmetic alone; no device, no network, no process group is touched."""

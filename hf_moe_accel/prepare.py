@@ -21,11 +21,18 @@ from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.base import ExpertBackend
 from hf_moe_accel.hf.checkpointing import keep_exchanges_when_checkpointing
 from hf_moe_accel.hf.compat import check_versions
-from hf_moe_accel.hf.discover import FoundExperts, base_of, class_name, find_experts, why_not_standard
+from hf_moe_accel.hf.discover import (
+    FoundExperts,
+    base_of,
+    class_name,
+    find_experts,
+    refuse_quantized,
+    why_not_standard,
+)
 from hf_moe_accel.hf.export import MAX_SHARD_SIZE, export_and_upload, prepare_export
 from hf_moe_accel.hf.install import bind
 from hf_moe_accel.hf.keys import original_classes
-from hf_moe_accel.hf.loading import distributed_config, flatten_expert_mesh, shard_in_place
+from hf_moe_accel.hf.loading import distributed_config, flatten_expert_mesh, is_sharded, shard_in_place
 from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.topology import ExpertTopology
@@ -96,7 +103,7 @@ def prepare_moe_model(
         return model
     check_model(base, setup.topology)
     names = [name for name, _ in base.named_parameters()]
-    if setup.topology.world_size > 1 and not _is_sharded(base):
+    if setup.topology.world_size > 1 and not is_sharded(base):
         mesh = _mesh_of(like, setup.topology)
         shard_in_place(base, setup.topology, mixed_precision=fsdp_mixed_precision, mesh=mesh, rules=rules)
     if setup.topology.ep_size > 1:
@@ -195,12 +202,7 @@ def check_model(model: Any, topology: ExpertTopology) -> None:
     Raises:
         ValueError: the model is quantized, split by device_map, or sharded by something else.
     """
-    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(
-            "quantized models (quantization_config) are not supported: load the model without quantization_config. If "
-            "the checkpoint itself is quantized, have transformers dequantize it once, save that, and load it instead "
-            "(for GPT-OSS: quantization_config=Mxfp4Config(dequantize=True))."
-        )
+    refuse_quantized(model)
     devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
     if len(devices) > 1:
         raise ValueError(
@@ -212,7 +214,7 @@ def check_model(model: Any, topology: ExpertTopology) -> None:
             f"the model was loaded with tp_size={model._tp_size}: tp_size does not carry expert parallelism. Load it "
             f"without tp_size and pass MoEAccelConfig(ep_size={model._tp_size})."
         )
-    if _is_sharded(model):
+    if is_sharded(model):
         loaded, ours = getattr(model.config, "distributed_config", None), distributed_config(topology)
         sizes = ("ep_implementation", "ep_size", "fsdp_size", "dp_replicate_size")
         if loaded is None or any(getattr(loaded, name) != getattr(ours, name) for name in sizes):
@@ -323,10 +325,6 @@ def _make_dispatcher(setup: Setup, model: Any) -> TokenDispatcher:
 
 def _make_backend(setup: Setup) -> ExpertBackend:
     return EXPERT_BACKENDS.load(setup.backend)()
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _resize_token_embeddings(

@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_moe_accel.commands.output import check_out, count, how_to_load, in_bytes, progress, whole_directory
 from hf_moe_accel.hf.merge import Merge, find_adapter, find_base, plan_merge
 
+if TYPE_CHECKING:
+    from hf_moe_accel.hf.peft_bridge.older_files import Layout
 
-def check_merge(base: str, adapter: str, out: Path) -> Merge:
+
+def check_merge(base: str, adapter: str, out: Path, layout: Layout | None = None) -> Merge:
     """Check the arguments of `merge`, and all else that can be checked before anything is written.
 
     Args:
         base: a directory or hub id.
         adapter: a directory or hub id.
         out: a new directory.
+        layout: of an older adapter's factors: "current", "swapped" or None (look).
 
     Raises:
         ValueError: an argument is not what it should be, or they do not fit each other.
@@ -28,7 +33,7 @@ def check_merge(base: str, adapter: str, out: Path) -> Merge:
     for source in found:
         if out.resolve().is_relative_to(source.resolve()):
             raise ValueError(f"OUT {out} lies in {source}, which is not changed: name a directory elsewhere")
-    return plan_merge(*found)
+    return plan_merge(*found, layout)
 
 
 def merge(plan: Merge, out: Path) -> int:

@@ -87,6 +87,22 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     return found
 
 
+def refuse_quantized(model: Any) -> None:
+    """Refuse a model whose weights are quantized, or will be when they are read.
+
+    Raises:
+        ValueError: it is.
+    """
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "quantized models (quantization_config) are not supported, also not as a frozen base of adapters (QLoRA: "
+            "bitsandbytes leaves the experts in 16 bits anyway, since they are no linear layers). Load the model "
+            "without quantization_config and train LoRA on it. If the checkpoint itself is quantized, have "
+            "transformers dequantize it once, save that, and load it instead (for GPT-OSS: "
+            "quantization_config=Mxfp4Config(dequantize=True))."
+        )
+
+
 def why_not_standard(model: nn.Module) -> str | None:
     """For a mixture-of-experts model whose experts we cannot serve: which and why, as one sentence."""
     for name, module in model.named_modules():

@@ -96,8 +96,10 @@ def prepare_export(model: PreTrainedModel, directory: str | os.PathLike[str], *,
     model = unwrap_model(model)
     added: Mapping[str, tuple[LowRank, ...]] = {}
     if hasattr(model, "get_base_model"):
-        from hf_moe_accel.hf.peft_bridge import without_adapters  # PEFT need not be installed for others
+        # PEFT need not be installed for others.
+        from hf_moe_accel.hf.peft_bridge import adopt_expert_adapters, without_adapters
 
+        adopt_expert_adapters(model)
         state, added = without_adapters(model)
         model = model.get_base_model()
     else:

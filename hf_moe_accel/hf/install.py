@@ -8,7 +8,7 @@ Both are adapters of a few lines; DTensors end here (transformers hands over loc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 NAME = "hf_moe_accel"
 
+_WRAPPED = (
+    "peft.get_peft_model was called on a model that hf_moe_accel had prepared: call hf_moe_accel.get_peft_model "
+    "instead (same arguments), or prepare_moe_model on the PEFT model."
+)
 _UNBOUND = (
     "these experts were set up for hf_moe_accel but never bound to a runtime: load the model with "
     "hf_moe_accel.AutoModelForCausalLM, or call hf_moe_accel.prepare_moe_model(model) before its first forward pass."
@@ -54,6 +58,7 @@ class Binding:
         parameters = ExpertWeights.of(None if get is None else get(module) for get in self._getters)
         adapters: Any = module._modules.get("lora")
         if adapters is not None:
+            hidden = adapters(hidden)
             up, down = (adapters[name].active_pairs() if name in adapters else () for name in self._projections)
             parameters = parameters._replace(up_lora=up, down_lora=down)
         top_k = ids.size(-1)
@@ -118,11 +123,27 @@ def is_sharded_by_us(found: Sequence[FoundExperts]) -> bool:
 
 
 def bind(model: Any, found: Sequence[FoundExperts], runtime: Runtime) -> None:
-    """Lead every experts module of the model to the token path."""
+    """Lead every experts module of the model to the token path.
+
+    From then on, a forward pass raises where something has taken the place of an experts module.
+    """
     for layer, experts in enumerate(found):
         experts.module.moe_binding = Binding(experts, runtime, layer)
-    if not is_sharded_by_us(found):
-        model.set_experts_implementation(NAME)
-        for experts in found:
-            # Where layers differ (the vision tower of dots3_note), each has a configuration of its own.
-            experts.module.config._experts_implementation_internal = NAME
+    model.register_forward_pre_hook(partial(_check_in_place, [experts.name for experts in found]))
+    lead_here(model, found)
+
+
+def lead_here(model: Any, found: Sequence[FoundExperts]) -> None:
+    """From now on experts compute here, and raise until they are bound: what they carry is known to nobody else."""
+    if is_sharded_by_us(found):
+        return
+    model.set_experts_implementation(NAME)
+    for experts in found:
+        # Where layers differ (the vision tower of dots3_note), each has a configuration of its own.
+        experts.module.config._experts_implementation_internal = NAME
+
+
+def _check_in_place(names: Sequence[str], model: nn.Module, *_: Any) -> None:
+    for name in names:
+        if "moe_binding" not in model.get_submodule(name).__dict__:
+            raise RuntimeError(_WRAPPED)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.distributed import DistributedConfig
@@ -118,6 +120,76 @@ def flatten_expert_mesh(model: Any) -> None:
     Gradient norms then also have one order of summation on all ranks; torch warns of the axes that are not flattened.
     """
     model._mesh_manager.get_mesh(("efsdp", "ep"))._flatten("efsdp_ep")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks hold parts of the parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def shard_added(model: Any, modules: Sequence[nn.Module], *, with_experts: bool) -> None:
+    """Shard modules that were added to a sharded model, as its experts are or as all else. All ranks must call.
+
+    Each pass that uses one of the modules must call all of them, one after the other, with a tensor that what reads
+    their parameters depends on: FSDP2 gathers them at the first call, keeps them until the backward pass is over, and
+    reduces their gradients then.
+
+    Args:
+        model: sharded by transformers.
+        modules: with plain parameters, equal on all ranks; those for experts have the experts along dim 0.
+        with_experts: whether they belong to experts.
+    """
+    config, mesh = model.config.distributed_config, model._mesh_manager
+    by_expert = with_experts and config.ep_size > 1
+    if by_expert:
+        for module in modules:
+            for name, parameter in module.named_parameters():
+                local = distribute_tensor(parameter.detach(), mesh.get_mesh("ep"), [Shard(0)], src_data_rank=None)
+                module.register_parameter(name, nn.Parameter(local, requires_grad=parameter.requires_grad))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if config.fsdp_mixed_precision:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    axes = ("dp_replicate",) if config.dp_replicate_size > 1 else ()
+    # One group costs one gather, but FSDP2 takes a group only before the model's first pass.
+    has_run = model._get_fsdp_state()._is_root is not None
+    for group in [[module] for module in modules] if has_run else [list(modules)]:
+        first: Any = group[0]
+        fully_shard(
+            group,
+            mesh=mesh.get_mesh((*axes, "efsdp" if by_expert else "fsdp")),
+            reshard_after_forward=False,
+            mp_policy=policy,
+        )
+        if by_expert:
+            # As transformers does for experts: their gradients are sums over the batches of all ranks.
+            first.set_gradient_divide_factor(float(config.dp_size))
+            if config.efsdp_size > 1:
+                first.set_force_sum_reduction_for_comms(True)
+
+
+def share(parameters: Iterable[nn.Parameter]) -> None:
+    """Rank 0's values, on all ranks. All ranks must call."""
+    with torch.no_grad():
+        for parameter in parameters:
+            dist.broadcast(parameter.data, src=0)
+
+
+def average_gradients(parameter: nn.Parameter) -> None:
+    """Average, over all ranks, the gradient of a parameter that a sharded model has whole on each rank.
+
+    At the end of each backward pass that computes one. A Trainer does this by itself for what it trains, once for
+    several micro-batches; its way then takes over.
+    """
+
+    def average(parameter: Any) -> None:
+        # Trainer's mark that it averages this one.
+        if not getattr(parameter, "_replicated_grad_hook_registered", False):
+            dist.all_reduce(parameter.grad, op=dist.ReduceOp.AVG)
+
+    # Hooks can be put only on what trains, and which adapter trains may change.
+    trains = parameter.requires_grad
+    parameter.requires_grad_().register_post_accumulate_grad_hook(average)
+    parameter.requires_grad_(trains)
 
 
 def reshard(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from huggingface_hub import snapshot_download
@@ -31,6 +31,9 @@ from hf_moe_accel.weights.files import flush_file, read_json
 from hf_moe_accel.weights.manifest import MANIFEST_NAME
 from hf_moe_accel.weights.plan import HubTensor, KeyPlan, View
 from hf_moe_accel.weights.shards import LowRank
+
+if TYPE_CHECKING:
+    from hf_moe_accel.hf.peft_bridge.older_files import Layout
 
 # By a parameter's name, what happens to it, one after the other: a tensor takes its place, factors are folded in.
 _Changes = Callable[[str], Sequence[LowRank | Tensor]]
@@ -85,8 +88,13 @@ def find_adapter(source: str) -> Path:
     return _find(source, "ADAPTER", (_ADAPTER_FILE, _ADAPTER_CONFIG))
 
 
-def plan_merge(base: Path, adapter: Path) -> Merge:
+def plan_merge(base: Path, adapter: Path, layout: Layout | None = None) -> Merge:
     """What is to be done to fold an adapter into a checkpoint; all checks, and no weight is read.
+
+    Args:
+        base: a checkpoint's directory.
+        adapter: an adapter's.
+        layout: of the adapter's factors of experts: "current", "swapped" or None (look).
 
     Raises:
         ValueError: it cannot be done; names the reason and the way out.
@@ -102,11 +110,10 @@ def plan_merge(base: Path, adapter: Path) -> Merge:
     plan = compile_key_plan(model)
     tied = {**model.all_tied_weights_keys, **{b: a for a, b in model.all_tied_weights_keys.items()}}
     try:
-        changes = saved_adapter(model, adapter)
+        changes = saved_adapter(model, adapter, layout)
     except (ValueError, SafetensorError) as error:
         raise ValueError(
-            f"ADAPTER {adapter} does not fit BASE {base}: {_one_line(error)}. Give the base that it was trained on; "
-            "an adapter of transformers v4 has first to be loaded with peft.PeftModel and saved again"
+            f"ADAPTER {adapter} does not fit BASE {base}: {_one_line(error)}. Give the base that it was trained on"
         ) from error
     if both := sorted(changes.keys() & tied.keys()):
         raise ValueError(

@@ -28,3 +28,19 @@ def a_to_peft(factor: Tensor) -> Tensor:
 def b_to_peft(factor: Tensor) -> Tensor:
     """[E, out, r] -> [out, r * E]."""
     return factor.permute(1, 2, 0).reshape(factor.size(1), -1)
+
+
+def swap(a_flat: Tensor, b_flat: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Exchange the roles of inputs and outputs, in PEFT's layout.
+
+    Args:
+        a_flat: [r * E, m]
+        b_flat: [n, r * E]
+        num_experts: E.
+
+    Returns:
+        [r * E, n] and [m, r * E], of the transposed products.
+    """
+    a = b_from_peft(b_flat, num_experts).transpose(1, 2)
+    b = a_from_peft(a_flat, num_experts).transpose(1, 2)
+    return a_to_peft(a), b_to_peft(b)

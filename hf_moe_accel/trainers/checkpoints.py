@@ -154,6 +154,10 @@ class CheckpointMixin(_Base):
             if self.moe_config.merge_adapters_on_save and hasattr(self.model, "peft_config"):
                 merged = prepare_export(self.model, Path(output_dir, "merged"), max_shard_size=MAX_SHARD_SIZE)
                 merged.finish(self._saving)
+            if self.moe_config.per_expert_adapter_on_save and hasattr(self.model, "peft_config"):
+                from hf_moe_accel.hf.peft_bridge import export_adapter
+
+                export_adapter(self.model, Path(output_dir, "per_expert"))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._saving is None:

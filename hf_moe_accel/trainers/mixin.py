@@ -50,14 +50,19 @@ class AcceleratedMoEMixin(CheckpointMixin):
         model, training_args = bound.arguments.get("model"), bound.arguments.get("args")
         adopt_adapters(model)
         if isinstance(model, str | os.PathLike):
-            before_sharding = peft_config or bound.arguments.get("peft_config")
-            model = bound.arguments["model"] = self._load(model, training_args, before_sharding)
+            wanted = peft_config or bound.arguments.get("peft_config")
+            model = bound.arguments["model"] = self._load(model, training_args, wanted)
         elif isinstance(model, nn.Module) and find_experts(model):
             refuse_arguments(training_args)
         if peft_config is not None:
             from hf_moe_accel.hf.peft_bridge import get_peft_model
 
             bound.arguments["model"] = get_peft_model(model, peft_config)
+        elif bound.arguments.get("peft_config") is not None and isinstance(model, nn.Module):
+            from hf_moe_accel.hf.peft_bridge import adapter_config
+
+            # The trainer has PEFT make the wrappers, before the process of preparing takes them over.
+            bound.arguments["peft_config"] = adapter_config(model, bound.arguments["peft_config"])
         self._user_save_only_model: bool | None = None
         self._ended_epoch: Iterator[Any] | None = None
         try:
@@ -66,6 +71,10 @@ class AcceleratedMoEMixin(CheckpointMixin):
             if self._user_save_only_model is not None:
                 self.args.save_only_model = self._user_save_only_model
         self._check_optimizer()
+        if self.moe_config.per_expert_adapter_on_save and hasattr(self.model, "peft_config"):
+            from hf_moe_accel.hf.peft_bridge import check_per_expert
+
+            check_per_expert(self.model)
 
     def _check_optimizer(self) -> None:
         """Refuse an optimizer that was made before sharding, which would train parameters that nothing reads."""
@@ -93,8 +102,12 @@ class AcceleratedMoEMixin(CheckpointMixin):
             # Accelerate makes the process group, with the arguments' backend and timeout, before transformers would.
             _ = training_args.device
         if peft_config is not None and is_moe:
-            # Adapters on experts come before sharding, which cuts both.
-            return AutoModelForCausalLM._auto_class.from_pretrained(source, dtype="auto")
+            from hf_moe_accel.hf.peft_bridge import adapter_config, why_not_after_sharding
+
+            said = adapter_config(structure, peft_config)
+            if why_not_after_sharding(said, find_experts(structure)):
+                # What reads or copies whole weights comes before sharding: each rank reads the model then.
+                return AutoModelForCausalLM._auto_class.from_pretrained(source, dtype="auto")
         return AutoModelForCausalLM.from_pretrained(
             source, moe_config=self.moe_config, fsdp_mixed_precision=_keeps_masters(structure, training_args)
         )

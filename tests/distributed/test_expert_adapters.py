@@ -267,12 +267,13 @@ def test_trainers_take_peft_config(kind: str, by_name: bool, tmp_path: Path) -> 
 
 def refusals() -> list[str]:
     texts = []
-    sharded = prepare_moe_model(tiny_model("qwen3_moe"), MoEAccelConfig())
     for make in (
-        lambda: get_peft_model(sharded, config()),
-        lambda: prepare_moe_model(stock_get_peft_model(sharded, config())),
         lambda: get_peft_model(tiny_model("qwen3_moe"), config(target_parameters=["experts.w1"])),
         lambda: get_peft_model(tiny_model("qwen3_moe"), config(use_dora=True)),
+        lambda: get_peft_model(tiny_model("qwen3_moe"), config(init_lora_weights="pissa")),
+        lambda: get_peft_model(tiny_model("qwen3_moe"), config(lora_bias=True)),
+        lambda: get_peft_model(tiny_model("llama"), config()),
+        lambda: get_peft_model(tiny_model("qwen3_moe"), config(exclude_modules=r".*experts.*")),
     ):
         with pytest.raises(ValueError) as error:
             make()
@@ -281,11 +282,12 @@ def refusals() -> list[str]:
 
 
 def test_what_cannot_be_adapted_is_said() -> None:
-    for sharded, wrapped, nothing_hit, dora in run_ranks(refusals, 2):
-        assert "adapters come before sharding" in sharded
-        assert "of a model that was sharded already: use hf_moe_accel.get_peft_model" in wrapped
-        assert "experts.w1" in nothing_hit
-        assert "DoRA" in dora or "use_dora" in dora
+    nothing_hit, dora, pissa, bias, dense, excluded = refusals()
+    assert "experts.w1" in nothing_hit and "mlp.experts.gate_up_proj" in nothing_hit
+    for text, option in ((dora, "use_dora=True"), (pissa, "init_lora_weights='pissa'"), (bias, "lora_bias=True")):
+        assert f"{option} does not work on experts" in text and "leave the experts out" in text
+    assert "LlamaForCausalLM: it has none" in dense
+    assert "names experts, and none was hit: exclude_modules=" in excluded
 
 
 def test_dropout_acts_on_the_other_targets(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -26,11 +26,13 @@ def config(name: str = "qwen3_moe", **more: Any) -> LoraConfig:
 class Adapted:
     """Makes a model with stock PEFT's adapters, whose factors are both not zero."""
 
-    def __init__(self, name: str, dtype: torch.dtype = torch.float32, **more: Any) -> None:
-        self.name, self.dtype, self.more = name, dtype, more
+    def __init__(
+        self, name: str, dtype: torch.dtype = torch.float32, sizes: dict[str, int] | None = None, **more: Any
+    ) -> None:
+        self.name, self.dtype, self.sizes, self.more = name, dtype, sizes or {}, more
 
     def __call__(self) -> nn.Module:
-        model = get_peft_model(tiny_model(self.name, dtype=self.dtype), config(self.name, **self.more))
+        model = get_peft_model(tiny_model(self.name, dtype=self.dtype, **self.sizes), config(self.name, **self.more))
         draw_factors(model)
         return model
 

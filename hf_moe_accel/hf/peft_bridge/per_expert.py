@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,13 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_moe_accel.hf.discover import class_name
 from hf_moe_accel.hf.keys import compile_key_plan
-from hf_moe_accel.hf.peft_bridge import FILE_NAME, ParameterLora, adopt_expert_adapters, without_adapters
-from hf_moe_accel.weights.plan import View
+from hf_moe_accel.hf.peft_bridge.attach import adopt_expert_adapters
+from hf_moe_accel.hf.peft_bridge.files import FILE_NAME
+from hf_moe_accel.hf.peft_bridge.fold import without_adapters
+from hf_moe_accel.hf.peft_bridge.hub_names import hub_matrices
+from hf_moe_accel.hf.peft_bridge.layers import ParameterLora
 from hf_moe_accel.weights.ranks import Ranks
 from hf_moe_accel.weights.shards import LowRank
 
@@ -49,8 +52,10 @@ def export_adapter(model: Any, directory: str | os.PathLike[str]) -> None:
     ranks = Ranks.of(model.parameters())
     base = model.get_base_model()
     state, added = without_adapters(model)
+    plan = compile_key_plan(base, state)
+    _check_plan(plan, {name for name, pairs in added.items() if pairs}, class_name(base))
     whole = {name: _whole(pairs[0], base, name) for name, pairs in added.items() if pairs}
-    found = dict(_by_hub_name(compile_key_plan(base, state), state, whole))
+    found = dict(_by_hub_name(plan, state, whole))
     with ranks.same_outcome(f"Saving the adapter to {directory}"):
         if ranks.rank == 0:
             _write(found, copy.copy(model.peft_config[adapter]), Path(directory))
@@ -70,40 +75,40 @@ def _whole(pair: LowRank, base: Any, name: str) -> LowRank:
     return pair._replace(a=a, b=b)
 
 
-def _by_hub_name(plan: Any, state: dict[str, Tensor], whole: dict[str, LowRank]) -> Iterator[tuple[str, LowRank]]:
+def check_per_expert(model: Any) -> None:
+    """Refuse a model whose adapters cannot be written expert by expert. All ranks must call.
+
+    Raises:
+        ValueError: as `export_adapter`.
+    """
+    base = model.get_base_model()
+    state, added = without_adapters(model)
+    _check_plan(compile_key_plan(base, state), {name for name, pairs in added.items() if pairs}, class_name(base))
+
+
+def _check_plan(plan: Any, adapted: Set[str], model: str) -> None:
     for group in plan.groups:
-        if hit := sorted(whole.keys() & set(group.sources)):
+        if hit := sorted(adapted & set(group.sources)):
             raise ValueError(
                 f"{hit[0]!r} is converted when it is saved, so that its adapter has no place in the hub's."
             )
     for tensor in plan.tensors:
-        for view in tensor.views:
-            if view.source not in whole:
-                continue
-            pair, name = whole[view.source], tensor.key.removesuffix(".weight")
-            if len(tensor.views) > 1 or len(tensor.shape) != 2:
-                raise ValueError(
-                    f"the hub stores {tensor.key!r} for all experts together, so that there are no names for each: "
-                    "save_pretrained writes the adapter as PEFT has it, export_checkpoint the merged model."
-                )
-            if pair.a.ndim == 2:
-                yield name, pair
-                continue
-            expert, _ = view.rows
-            _, rows, columns = state[view.source].shape
-            first = view.offset - expert * view.row
-            shown = _outputs(first, view.axes, view.row, rows, columns, pair.is_transposed)
-            yield name, pair._replace(a=pair.a[expert], b=pair.b[expert][shown])
+        if any(view.source in adapted for view in tensor.views) and (len(tensor.views) > 1 or len(tensor.shape) != 2):
+            raise ValueError(
+                f"the hub stores {tensor.key!r} for all experts of {model} together, so that there are no names for "
+                "each: save_pretrained writes the adapter as PEFT has it, export_checkpoint the merged model."
+            )
 
 
-@cache  # expert after expert looks alike
-def _outputs(offset: int, axes: Any, row: int, rows: int, columns: int, is_transposed: bool) -> Tensor:
-    """Which outputs of a projection a view of one expert's part shows, in order."""
-    number = torch.arange(columns).expand(rows, columns) if is_transposed else torch.arange(rows)[:, None]
-    shown = View("", row, offset, axes).read(number.expand(rows, columns)[None])
-    if not (shown == shown[:, :1]).all():
-        raise ValueError("the hub stores this projection turned round, and an adapter of it is not known to be read.")
-    return shown[:, 0]
+def _by_hub_name(plan: Any, state: dict[str, Tensor], whole: dict[str, LowRank]) -> Iterator[tuple[str, LowRank]]:
+    is_transposed = {name: pair.is_transposed for name, pair in whole.items() if pair.a.ndim == 3}
+    for matrix in hub_matrices(plan, state, is_transposed):
+        if matrix.parameter not in whole:
+            continue
+        pair = whole[matrix.parameter]
+        if matrix.expert is not None:
+            pair = pair._replace(a=pair.a[matrix.expert], b=pair.b[matrix.expert][matrix.outputs])
+        yield matrix.name, pair
 
 
 def _write(found: dict[str, LowRank], config: Any, directory: Path) -> None:
