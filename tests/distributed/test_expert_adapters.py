@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ from tests.helpers.tolerances import assert_close
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 MODELS = ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "deepseek_v3"]
-STEPS = 4
+STEPS = 6
 
 
 def train(
@@ -218,9 +219,10 @@ def test_peft_switches_adapters(world_size: int) -> None:
         assert not result["left"]
 
 
-def train_by_config(output_dir: str, kind: str, source: str | None) -> dict[str, Any]:
+def train_by_config(output_dir: str, kind: str, source: str | None, **adapter: Any) -> dict[str, Any]:
     """A trainer that is given `peft_config`: ours on Trainer, or on TRL's, which knows the argument."""
     model = source or tiny_model("qwen3_moe")
+    peft_config = config(**adapter)
     more: dict[str, Any] = {
         "use_cpu": True,
         "max_steps": 2,
@@ -231,18 +233,26 @@ def train_by_config(output_dir: str, kind: str, source: str | None) -> dict[str,
     if kind == "Trainer":
         args = TrainingArguments(output_dir=output_dir, **more)
         data: Any = ragged_batch_dataset(16, 12)
-        trainer: Any = AcceleratedMoETrainer(model=model, args=args, train_dataset=data, peft_config=config())
+        trainer: Any = AcceleratedMoETrainer(model=model, args=args, train_dataset=data, peft_config=peft_config)
     else:
         args = SFTConfig(output_dir=output_dir, bf16=False, max_length=16, **more)
         data = Dataset.from_list([{"text": " ".join(f"w{(i * 7 + j) % 100}" for j in range(12))} for i in range(16)])
         trainer = SFT(
-            model=model, args=args, train_dataset=data, processing_class=toy_tokenizer(), peft_config=config()
+            model=model, args=args, train_dataset=data, processing_class=toy_tokenizer(), peft_config=peft_config
         )
     trainer.train()
     trainer.save_model(output_dir)
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    drops = {module.p for module in trainer.model.modules() if isinstance(module, nn.Dropout) and module.p}
     held = trainer.model.get_base_model().model.layers[0].mlp.experts.lora["down_proj"].lora_A["default"].weight
-    return {"experts": sum(".experts.lora." in name for name in trained), "held": held.to_local().shape[0]}
+    experts = sum(".experts.lora." in name for name in trained)
+    return {"experts": experts, "held": held.to_local().shape[0], "drops": drops}
+
+
+def in_slices(*args: Any) -> dict[str, Any]:
+    """Each rank reads its slices: the model is never whole, to be sharded in place."""
+    with mock.patch("hf_moe_accel.prepare.shard_in_place", side_effect=AssertionError("read whole")):
+        return train_by_config(*args)
 
 
 class SFT(AcceleratedMoEMixin, SFTTrainer):
@@ -257,12 +267,45 @@ def test_trainers_take_peft_config(kind: str, by_name: bool, tmp_path: Path) -> 
         source = str(tmp_path / "model")
         tiny_model("qwen3_moe").save_pretrained(source)
         toy_tokenizer().save_pretrained(source)
-    results = run_ranks(train_by_config, 2, str(tmp_path / "out"), kind, source, init=False)
-    assert results == [{"experts": 8, "held": 4}] * 2  # 2 layers, 2 projections, A and B; half of the 8 experts
+    results = run_ranks(in_slices if by_name else train_by_config, 2, str(tmp_path / "out"), kind, source, init=False)
+    # 2 layers, 2 projections, A and B; half of the 8 experts
+    assert results == [{"experts": 8, "held": 4, "drops": set()}] * 2
     saved = load_file(tmp_path / "out/adapter_model.safetensors")
     assert saved["base_model.model.model.layers.0.mlp.experts.lora_B.weight"].shape == (64, 4 * 8)
     assert saved["base_model.model.model.layers.0.mlp.experts.lora_B.weight"].any()
     logits_of("qwen3_moe", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+def test_trainers_take_any_spelling_and_dropout(kind: str, tmp_path: Path) -> None:
+    more = {"target_modules": "all-linear", "target_parameters": None, "lora_dropout": 0.25}
+    for result in run_ranks(train_by_config, 2, str(tmp_path / "out"), kind, None, **more, init=False):
+        assert result == {"experts": 8, "held": 4, "drops": {0.25}}
+    PeftModel.from_pretrained(tiny_model("qwen3_moe"), tmp_path / "out")
+
+
+def test_a_model_by_name_with_what_is_copied_whole(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "model")
+    source, out = str(tmp_path / "model"), str(tmp_path / "out")
+    for result in run_ranks(train_by_config, 2, out, "Trainer", source, modules_to_save=["lm_head"], init=False):
+        assert result["experts"] == 8
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "out/adapter_model.safetensors")
+
+
+def save_both_forms(name: str, directory: str) -> None:
+    settings = MoEAccelConfig(per_expert_adapter_on_save=True)
+    saving = {"max_steps": 2, "save_steps": 2, "save_strategy": "steps"}
+    train(AcceleratedMoETrainer, directory, Adapted(name), {"moe_config": settings}, **saving)
+
+
+def test_both_forms_of_an_adapter_at_each_save(tmp_path: Path) -> None:
+    run_ranks(save_both_forms, 2, "qwen3_moe", str(tmp_path), init=False)
+    for folder in ("checkpoint-2", "adapter"):
+        expected = logits_of("qwen3_moe", tmp_path / folder)
+        assert_close(logits_of("qwen3_moe", tmp_path / folder / "per_expert"), expected, "training")
+    assert not check_manifest(tmp_path / "checkpoint-2").problems
+    with pytest.raises(ValueError, match="for all experts of GptOssForCausalLM together"):
+        save_both_forms("gpt_oss", str(tmp_path / "never"))
 
 
 def refusals() -> list[str]:
@@ -274,6 +317,7 @@ def refusals() -> list[str]:
         lambda: get_peft_model(tiny_model("qwen3_moe"), config(lora_bias=True)),
         lambda: get_peft_model(tiny_model("llama"), config()),
         lambda: get_peft_model(tiny_model("qwen3_moe"), config(exclude_modules=r".*experts.*")),
+        lambda: get_peft_model(tiny_model("qwen3_moe"), config(layers_to_transform=[1])),
     ):
         with pytest.raises(ValueError) as error:
             make()
@@ -282,12 +326,13 @@ def refusals() -> list[str]:
 
 
 def test_what_cannot_be_adapted_is_said() -> None:
-    nothing_hit, dora, pissa, bias, dense, excluded = refusals()
+    nothing_hit, dora, pissa, bias, dense, excluded, layers = refusals()
     assert "experts.w1" in nothing_hit and "mlp.experts.gate_up_proj" in nothing_hit
     for text, option in ((dora, "use_dora=True"), (pissa, "init_lora_weights='pissa'"), (bias, "lora_bias=True")):
         assert f"{option} does not work on experts" in text and "leave the experts out" in text
     assert "LlamaForCausalLM: it has none" in dense
-    assert "names experts, and none was hit: exclude_modules=" in excluded
+    for text, option in ((excluded, "exclude_modules=.*experts.*"), (layers, "layers_to_transform=[1]")):
+        assert option in text and "target_parameters=['model.layers.0.mlp.experts.down_proj', ...]" in text
 
 
 def test_dropout_acts_on_the_other_targets(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -86,6 +86,12 @@ def test_all_linear_with_a_router_that_was_named() -> None:
     assert "mlp.gate" in found and "mlp.experts.gate_up_proj" in found
 
 
+def test_all_linear_without_experts() -> None:
+    for excluded in (["experts"], r".*\.experts"):
+        found = adapted(ours("deepseek_v3", target_modules="all-linear", exclude_modules=excluded))
+        assert "self_attn.o_proj" in found and not [place for place in found if ".experts." in place]
+
+
 def test_all_linear_and_layers_that_the_user_leaves_out() -> None:
     for excluded in (["q_proj"], r".*q_proj"):
         found = adapted(ours("phimoe", target_modules="all-linear", exclude_modules=excluded))

@@ -67,7 +67,7 @@ def get_peft_model(model: Any, peft_config: Any, adapter_name: str = "default", 
     """
     config = adapter_config(model, peft_config)
     wrapped = peft.get_peft_model(model, config, adapter_name, **kwargs)
-    _adopt_named(wrapped, config)
+    adopt_expert_adapters(wrapped)
     return wrapped
 
 
@@ -112,13 +112,13 @@ class PeftModel:
             kwargs = {name: value for name, value in kwargs.items() if name not in hub}
             if is_sharded(model):
                 wrapped = peft.get_peft_model(model, config, adapter_name)
-                _adopt_named(wrapped, config)
+                adopt_expert_adapters(wrapped)
                 load_adapter(wrapped, directory, adapter_name)
                 return wrapped if is_trainable else wrapped.eval()
             wrapped = peft.PeftModel.from_pretrained(
                 model, directory, adapter_name, is_trainable, config=config, **kwargs
             )
-        _adopt_named(wrapped, config)
+        adopt_expert_adapters(wrapped)
         return wrapped
 
 
@@ -143,7 +143,7 @@ def adapter_config(model: Any, config: Any) -> Any:
             "the model as transformers loads it."
         )
     if names_experts(config, found):
-        refuse_options(config)
+        refuse_options(config, found)
         if config.lora_dropout:
             warn_once(
                 f"hf_moe_accel: lora_dropout={config.lora_dropout} acts on the other targets; on experts it is 0"
@@ -205,18 +205,6 @@ def adopt_expert_adapters(model: Any) -> bool:
             setattr(model, method.__name__.removeprefix("_"), MethodType(method, model))
         _say_what_trains(model)
     return True
-
-
-def _adopt_named(model: Any, config: Any) -> None:
-    """Adopt, and check that experts that a configuration names are there."""
-    adopted = adopt_expert_adapters(model)
-    if isinstance(config, peft.LoraConfig) and not adopted:
-        found = find_experts(base_of(model))
-        if names_experts(config, found):
-            raise ValueError(
-                f"target_parameters={config.target_parameters} names experts, and none was hit: exclude_modules="
-                f"{config.exclude_modules}, layers_to_transform={config.layers_to_transform} leave them out."
-            )
 
 
 def _unwrapped(base: nn.Module) -> Iterator[Any]:

@@ -54,19 +54,29 @@ def translate_targets(
     if all_linear:
         # PEFT takes routers for linear layers like others.
         experts = {name for name in parameters - named if hits_experts(name, found)} or set(_parameters_of(found))
-        parameters = named | experts
+        parameters = named if _are_excluded(config, found) else named | experts
         _leave_out(config, _routers(model, found) | _read_by_kernels(model))
     else:
         parameters |= _named_the_old_way(config, model, found)
     config.target_parameters = sorted(parameters) or None
 
 
-def refuse_options(config: Any) -> None:
-    """Refuse options of a configuration for experts that they cannot have.
+def refuse_options(config: Any, found: Sequence[FoundExperts]) -> None:
+    """Refuse options of a translated configuration that experts cannot have.
+
+    Args:
+        config: names experts.
+        found: the model's.
 
     Raises:
         ValueError: names the option, the reason and what to do instead.
     """
+    if config.layers_to_transform is not None or _are_excluded(config, found):
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform} and exclude_modules={config.exclude_modules} do not "
+            "act on the stacked parameters of experts, which PEFT adapts in all layers. Name those that you mean: "
+            f"target_parameters=[{found[0].name + '.down_proj'!r}, ...]."
+        )
     for name, (fine, reason) in _NOT_ON_EXPERTS.items():
         value = getattr(config, name, fine[0])
         if value not in fine:
@@ -196,6 +206,14 @@ def _read_by_kernels(model: nn.Module) -> set[str]:
         for child in ("conv1d", "out_proj")
         if "conv1d" in module._modules and child in module._modules
     }
+
+
+def _are_excluded(config: Any, found: Sequence[FoundExperts]) -> bool:
+    """Whether `exclude_modules` speaks of the experts modules."""
+    excluded = config.exclude_modules or ()
+    if isinstance(excluded, str):
+        return any(re.fullmatch(excluded, experts.name) for experts in found)
+    return any(_ends(experts.name, name) for experts in found for name in excluded)
 
 
 def _leave_out(config: Any, modules: set[str]) -> None:
