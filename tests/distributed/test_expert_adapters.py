@@ -125,6 +125,8 @@ def test_adapters_in_fp32_over_weights_in_bf16(tmp_path: Path) -> None:
         {"target_parameters": ["experts.gate_up_proj"]},
         {"rank_pattern": {r".*experts\.down_proj": 2}, "use_rslora": True},
         {"target_parameters": None, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]},
+        {"modules_to_save": ["gate"]},
     ],
     ids=str,
 )

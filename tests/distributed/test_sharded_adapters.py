@@ -21,10 +21,12 @@ from hf_moe_accel import (
     parameter_groups,
     prepare_moe_model,
 )
+from tests.checkpoints.test_resume import only
 from tests.distributed.test_expert_adapters import logits_of, train
 from tests.helpers.adapters import Adapted, config
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 from tests.helpers.ranks import run_ranks
+from tests.helpers.resumable import run as run_resumable
 from tests.helpers.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -83,6 +85,19 @@ def test_it_trains_as_stock_peft(
     saved = [load_file(tmp_path / each / "adapter/adapter_model.safetensors") for each in ("ours", "stock")]
     assert_close(*saved, "training", "adapter")
     assert_close(logits_of(name, tmp_path / "ours/adapter"), logits_of(name, tmp_path / "stock/adapter"), "training")
+
+
+def test_it_goes_on_bit_for_bit_and_on_another_layout(tmp_path: Path) -> None:
+    save_both("qwen3_moe", tmp_path)
+    loaded = Loaded(tmp_path)
+    whole = run_ranks(run_resumable, 2, str(tmp_path / "whole"), model=loaded)
+    checkpoint = only(tmp_path / "whole", 4, tmp_path / "resumed")
+    same = run_ranks(run_resumable, 2, str(tmp_path / "same"), checkpoint, model=loaded)
+    for mine, theirs in zip(same, whole, strict=True):
+        assert mine.log == theirs.log
+        assert all(torch.equal(value, theirs.weights[name]) for name, value in mine.weights.items())
+    other = run_ranks(run_resumable, 4, str(tmp_path / "other"), checkpoint, model=loaded)
+    assert_close(other[0].log, whole[0].log, "training", "log")
 
 
 def loop(directory: str, late: bool) -> dict[str, Any]:
