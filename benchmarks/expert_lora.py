@@ -1,11 +1,12 @@
 """LoRA on experts: step time, peak memory and what is kept for backward, of stock PEFT and of ours.
 
-    python benchmarks/expert_lora.py                   # every size in fp32 and bf16, one process
+    python benchmarks/expert_lora.py                   # every size of the device
     python benchmarks/expert_lora.py --repeats 1       # a quick look
 
-A stack of Qwen3-MoE experts alone, whose input needs a gradient, with frozen weights and a fixed routing. The arms run
-in turn, each time in fresh processes: without adapters, with ours, and with PEFT's `target_parameters` on stock
-transformers. A step's time is that of an arm's fastest one, its peak memory that of a step of its own.
+A stack of Qwen3-MoE experts alone, whose input needs a gradient, with frozen weights and a fixed routing: on a GPU two
+layers of Qwen3-30B-A3B in bf16, on a CPU smaller ones in fp32 and bf16. The arms run in turn, each time in fresh
+processes: without adapters, with ours, and with PEFT's `target_parameters` on stock transformers. The time is that of
+an arm's fastest step, the peak memory that of a step of its own.
 """
 
 from __future__ import annotations
@@ -23,8 +24,16 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 ARMS = ("frozen", "ours", "stock peft")
-SIZES = {"small": {"tokens": 256, "steps": 20}, "mid": {"tokens": 2048, "steps": 6}}
-DTYPES = ("float32", "bfloat16")
+SIZES = {
+    "cpu": {"small": {"tokens": 256, "steps": 20}, "mid": {"tokens": 2048, "steps": 6}},
+    "cuda": {"4k": {"tokens": 4096, "steps": 10}, "16k": {"tokens": 16384, "steps": 10}},
+}
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+MODELS = {
+    "cpu": {"layers": 2, "experts": 64, "hidden": 512, "intermediate": 192, "top_k": 8, "rank": 16},
+    "cuda": {"layers": 2, "experts": 128, "hidden": 2048, "intermediate": 768, "top_k": 8, "rank": 16},
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
@@ -110,11 +119,10 @@ def model_of(options: argparse.Namespace, device: str) -> Any:
 def run_arm(options: argparse.Namespace) -> None:
     """One arm."""
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model_of(options, device)
-    x = torch.randn(options.tokens, options.hidden, device=device, dtype=getattr(torch, options.dtype))
-    ids = torch.rand(options.tokens, options.experts, device=device).topk(options.top_k).indices
-    routing = torch.rand(options.tokens, options.top_k, device=device, dtype=x.dtype)
+    model = model_of(options, DEVICE)
+    x = torch.randn(options.tokens, options.hidden, device=DEVICE, dtype=getattr(torch, options.dtype))
+    ids = torch.rand(options.tokens, options.experts, device=DEVICE).topk(options.top_k).indices
+    routing = torch.rand(options.tokens, options.top_k, device=DEVICE, dtype=x.dtype)
     x.requires_grad_()
 
     def forward() -> Tensor:
@@ -131,7 +139,7 @@ def run_arm(options: argparse.Namespace) -> None:
     kept = kept_mib(forward, [x, ids, routing, *model.parameters()])
     # What disturbs a step makes it slower, never faster.
     seconds = min(_timed(step) for _ in range(options.steps))
-    memory = PeakMemory() if device == "cuda" else PeakHostMemory()
+    memory = PeakMemory() if DEVICE == "cuda" else PeakHostMemory()
     step()
     write(options.result, {"ms_per_step": 1e3 * seconds, "peak_mib": memory.mib(), "kept_mib": kept})
 
@@ -162,10 +170,10 @@ def kept_mib(forward: Callable[[], Tensor], own: list[Tensor]) -> float:
 
 def compare(options: argparse.Namespace) -> None:
     """Run all arms at every size and print them side by side."""
-    model = {name: getattr(options, name) for name in ("layers", "experts", "hidden", "intermediate", "top_k", "rank")}
+    model = {name: getattr(options, name) for name in MODELS[DEVICE]}
     found: dict[str, Any] = {}
-    for size, numbers in SIZES.items():
-        for dtype in DTYPES:
+    for size, numbers in SIZES[DEVICE].items():
+        for dtype in DTYPES[DEVICE]:
             arguments = {**model, **numbers, "dtype": dtype}
             flags = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
             print(f"{size}, {dtype}: {arguments}", flush=True)
@@ -185,22 +193,17 @@ def compare(options: argparse.Namespace) -> None:
             key: middle["ours"][key] / middle["stock peft"][key] for key in ("ms_per_step", "peak_mib", "kept_mib")
         }
         print(f"{'':<18}  ours / stock: " + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
-    write(options.output, {"machine": machine(), "model": model, "sizes": SIZES, "results": found})
+    write(options.output, {"machine": machine(), "model": model, "sizes": SIZES[DEVICE], "results": found})
 
 
 def main() -> None:
     """Parse and run."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="how often the arms run in turn (default 5)")
-    parser.add_argument("--output", default=f"benchmarks/results/expert_lora_{device}.json")
+    parser.add_argument("--output", default=f"benchmarks/results/expert_lora_{DEVICE}.json")
     model = parser.add_argument_group("size of the model")
-    model.add_argument("--layers", type=int, default=2)
-    model.add_argument("--experts", type=int, default=64)
-    model.add_argument("--hidden", type=int, default=512)
-    model.add_argument("--intermediate", type=int, default=192)
-    model.add_argument("--top-k", type=int, default=8)
-    model.add_argument("--rank", type=int, default=16)
+    for name, default in MODELS[DEVICE].items():
+        model.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     for name, kind in (("--arm", str), ("--result", str), ("--dtype", str), ("--tokens", int), ("--steps", int)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
