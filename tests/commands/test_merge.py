@@ -207,7 +207,7 @@ def test_dropout_does_not_matter(pair: Path, tmp_path: Path, cli) -> None:
 
 
 def test_an_adapter_of_transformers_v4(saved: Path, tmp_path: Path, cli) -> None:
-    """One pair of factors for each expert: refused, and the way out that is offered works."""
+    """One pair of factors for each expert."""
     generator = torch.Generator().manual_seed(0)
     names = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
     state = {}
@@ -216,13 +216,10 @@ def test_an_adapter_of_transformers_v4(saved: Path, tmp_path: Path, cli) -> None
             key = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
             state[f"{key}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.2
             state[f"{key}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.05
-    old, new = tmp_path / "v4", tmp_path / "v5"
+    old = tmp_path / "v4"
     config(target_modules=list(names), target_parameters=None).save_pretrained(old)
     save_file(state, old / ADAPTER_FILE)
     code, _, err = cli(saved / "base", old, tmp_path / "out")
-    assert code == 2 and "an adapter of transformers v4 has first to be loaded with peft.PeftModel and saved" in err
-    PeftModel.from_pretrained(tiny_model("qwen3_moe"), old).save_pretrained(new)
-    code, _, err = cli(saved / "base", new, tmp_path / "out")
     assert code == 0, err
     merged, before = tensors(tmp_path / "out"), tensors(saved / "base")
     for layer, expert in itertools.product(range(2), range(8)):

@@ -35,12 +35,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 class Loaded:
     """Loads a model by name, each rank its slices, and then a saved adapter."""
 
-    def __init__(self, directory: Path, **layout: Any) -> None:
-        self.directory, self.layout = str(directory), layout
+    def __init__(self, directory: Path, mixed: bool = False, **layout: Any) -> None:
+        self.directory, self.mixed, self.layout = str(directory), mixed, layout
 
     def __call__(self) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
-            f"{self.directory}/model", moe_config=MoEAccelConfig(**self.layout), dtype=torch.float32
+            f"{self.directory}/model",
+            moe_config=MoEAccelConfig(**self.layout),
+            fsdp_mixed_precision=self.mixed,
+            dtype=torch.float32,
         )
         model = PeftModel.from_pretrained(model, f"{self.directory}/adapter", is_trainable=True)
         model.train()
@@ -85,6 +88,18 @@ def test_it_trains_as_stock_peft(
     saved = [load_file(tmp_path / each / "adapter/adapter_model.safetensors") for each in ("ours", "stock")]
     assert_close(*saved, "training", "adapter")
     assert_close(logits_of(name, tmp_path / "ours/adapter"), logits_of(name, tmp_path / "stock/adapter"), "training")
+
+
+def test_fp32_masters_that_compute_in_bf16(tmp_path: Path) -> None:
+    save_both("qwen3_moe", tmp_path)
+    (expected,) = run_ranks(train, 1, Trainer, str(tmp_path / "stock"), Adapted("qwen3_moe"), bf16=True)
+    for log in run_ranks(
+        train, 2, AcceleratedMoETrainer, str(tmp_path / "ours"), Loaded(tmp_path, mixed=True), bf16=True
+    ):
+        losses, stock = ([entry["loss"] for entry in each if "loss" in entry] for each in (log, expected))
+        assert losses == pytest.approx(stock, rel=1e-2)
+    saved = load_file(tmp_path / "ours/adapter/adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
 
 
 def test_it_goes_on_bit_for_bit_and_on_another_layout(tmp_path: Path) -> None:

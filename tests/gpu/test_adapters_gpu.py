@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -32,9 +33,9 @@ def train(tmp_path: Path, kind: str, ranks: int) -> tuple[list[float], Path]:
 def test_as_stock_peft_on_a_gpu(tmp_path: Path) -> None:
     stock, _ = train(tmp_path, "stock", 1)
     ids = torch.arange(3, 35).reshape(4, 8)
-    for ranks in numbers_of_ranks():
-        losses, out = train(tmp_path, "ours", ranks)
-        print(f"{ranks} ranks: {losses}, stock on one: {stock}")
+    for ranks, kind in itertools.product(numbers_of_ranks(), ("ours", "sharded first")):
+        losses, out = train(tmp_path, kind, ranks)
+        print(f"{ranks} ranks, {kind}: {losses}, stock on one: {stock}")
         assert losses == pytest.approx(stock, rel=1e-2)
         adapted = PeftModel.from_pretrained(tiny_model("qwen3_moe", dtype=torch.bfloat16), out).merge_and_unload()
         merged = AutoModelForCausalLM.from_pretrained(

@@ -17,6 +17,7 @@ from types import MethodType
 from typing import Any
 
 import peft
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
@@ -99,7 +100,8 @@ class PeftModel:
             layout: "current" if the factors of experts are those of PEFT 0.19.1 or later (lora_A reads the inputs),
                 "swapped" if they are the other way round. None: read off their shapes, or off the version that the
                 file names where inputs and outputs are equally many.
-            kwargs: of `peft.PeftModel.from_pretrained`.
+            kwargs: of `peft.PeftModel.from_pretrained`; if the model is sharded, those that `peft.get_peft_model`
+                knows as well.
 
         Raises:
             ValueError: as `get_peft_model`; or the layout cannot be told and must be given.
@@ -111,7 +113,7 @@ class PeftModel:
             config.inference_mode = not is_trainable
             kwargs = {name: value for name, value in kwargs.items() if name not in hub}
             if is_sharded(model):
-                wrapped = peft.get_peft_model(model, config, adapter_name)
+                wrapped = peft.get_peft_model(model, config, adapter_name, **kwargs)
                 adopt_expert_adapters(wrapped)
                 load_adapter(wrapped, directory, adapter_name)
                 return wrapped if is_trainable else wrapped.eval()
@@ -176,14 +178,14 @@ def why_not_after_sharding(config: Any, found: Sequence[FoundExperts]) -> str | 
     return None
 
 
-def adopt_expert_adapters(model: Any) -> bool:
-    """Turn PEFT's wrappers of experts into children of the experts. Returns whether the model has adapters on experts.
+def adopt_expert_adapters(model: Any) -> None:
+    """Turn PEFT's wrappers of experts into children of the experts, and lead what saves and adds adapters here.
 
-    Does nothing to a model without them. All adapters and their values are kept. All ranks must call if the model is
-    sharded: what was added to it since is sharded, or kept equal, here.
+    Does nothing to a model without LoRA, or without experts. All adapters and their values are kept. All ranks must
+    call if the model is sharded: what was added to it since is sharded, or kept equal, here.
     """
-    if not isinstance(model, peft.PeftModel):
-        return False
+    if not isinstance(model, peft.PeftModel) or not isinstance(model.base_model, LoraModel):
+        return
     base = model.get_base_model()
     _set_dropout(model)
     sharded = is_sharded(base)
@@ -191,20 +193,22 @@ def adopt_expert_adapters(model: Any) -> bool:
         reshard(base)
         _mend_shapes(model)
     unwrapped = list(_unwrapped(base))
+    found = find_experts(base)
+    if not found:
+        return
     if unwrapped:
-        lead_here(base, find_experts(base))
+        lead_here(base, found)
+        model.merge_and_unload = MethodType(_merge_and_unload, model)
     if sharded:
         for experts in unwrapped:
             _shard_factors(base, experts.lora)
         _keep_equal(base)
-    if not any(isinstance(module, ParameterLora) for module in model.modules()):
-        return False
     if "moe_accel_adapters" not in model.__dict__:
         model.moe_accel_adapters = True
-        for method in (save_pretrained, _merge_and_unload, _add_adapter, _load_adapter):
-            setattr(model, method.__name__.removeprefix("_"), MethodType(method, model))
+        model.save_pretrained = MethodType(save_pretrained, model)
+        model.add_adapter = MethodType(_add_adapter, model)
+        model.load_adapter = MethodType(_load_adapter, model)
         _say_what_trains(model)
-    return True
 
 
 def _unwrapped(base: nn.Module) -> Iterator[Any]:

@@ -8,12 +8,12 @@ stacked parameter for [E, in, out] whatever the model, until 0.19.1. Both hold t
 from __future__ import annotations
 
 import copy
+import os
 import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,7 +43,7 @@ _TRANSPOSED_WRONG_IN = Version("0.19.0")
 
 
 @contextmanager
-def current_files(model: Any, source: str | PathLike[str], layout: Layout | None, **hub: Any) -> Iterator[Path]:
+def current_files(model: Any, source: str | os.PathLike[str], layout: Layout | None, **hub: Any) -> Iterator[Path]:
     """The directory of an adapter in the form of today's PEFT: the adapter's own, or a temporary one.
 
     Args:
@@ -57,10 +57,9 @@ def current_files(model: Any, source: str | PathLike[str], layout: Layout | None
     """
     if layout not in (None, "current", "swapped"):
         raise ValueError(f"layout={layout!r} must be 'current' (PEFT 0.19.1 and later), 'swapped', or None (look).")
-    directory = Path(source)
-    if not directory.is_dir():
-        subfolder = hub.pop("subfolder", None) or ""
-        directory = Path(snapshot_download(str(source), **hub), subfolder)
+    subfolder = hub.pop("subfolder", None) or ""
+    local = source if os.path.isdir(source) else snapshot_download(str(source), **hub)
+    directory = Path(local, subfolder)
     path = directory / FILE_NAME
     config = peft.PeftConfig.from_pretrained(directory)
     if not path.exists() or not isinstance(config, peft.LoraConfig):
