@@ -27,19 +27,21 @@ def alternate(script: str, arms: Sequence[str], repeats: int, ranks: int, argume
         script: file that runs one arm when called with `--arm NAME --result FILE`.
         arms: their names.
         repeats: how often.
-        ranks: processes of an arm.
+        ranks: processes of an arm, which find each other by torchrun's environment; 0 for a plain process.
         arguments: passed on.
 
     Returns:
         arm -> list of what the arm's rank 0 wrote, one a repeat.
     """
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // max(1, ranks)))}
     for repeat in range(repeats):
         for arm in arms:
             with tempfile.TemporaryDirectory() as directory:
                 result = Path(directory, "result.json")
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+                command = [sys.executable]
+                if ranks:
+                    command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
                 command += [script, "--arm", arm, "--result", str(result), *arguments]
                 done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
                 if done.returncode:

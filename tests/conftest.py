@@ -20,6 +20,9 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_MODE": "offline",
 }
+if not Path("/dev/nvidiactl").exists():
+    # Before triton is imported. With a GPU its kernels are compiled, and tests/gpu runs them.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Seconds that the tests below tests/<directory> may take together.
 BUDGETS = {"unit": 180, "distributed": 480, "checkpoints": 420, "trajectories": 300, "commands": 240}

@@ -17,10 +17,12 @@ from hf_moe_accel.experts.base import ExpertWeights
 from hf_moe_accel.ops.permutation import compact
 from tests.distributed import test_dispatch_contract as dispatch_contract
 from tests.distributed import test_token_path as token_path
-from tests.helpers.grids import HIDDEN, KINDS, ROWS, Case, make_batch
+from tests.helpers.grids import HIDDEN, KINDS, ROWS, Case, make_batch, needed_grads
 from tests.helpers.tolerances import assert_close
 from tests.unit import test_expert_backends as backend_contract
+from tests.unit import test_expert_lora as lora_contract
 from tests.unit import test_permutation as permutation
+from tests.unit import test_triton_ops as triton_ops
 
 pytestmark = pytest.mark.gpu
 
@@ -69,14 +71,21 @@ def test_backend_equals_eager(name: str, case: Case) -> None:
     backend_contract.check_equals_eager(name, case, "cuda")
 
 
+@pytest.mark.parametrize("case", lora_contract.CASES)
+@pytest.mark.parametrize("name", lora_contract.BACKENDS)
+def test_lora_equals_merged_weights(name: str, case: Case) -> None:
+    lora_contract.check_equals_merged_weights(name, case, "cuda")
+
+
+@pytest.mark.parametrize("adapters", ["none", "two"])
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("name", backend_contract.BACKENDS)
-def test_backends_do_not_sync(name: str, kind: str) -> None:
-    case = {"rows": "ragged", "dtype": torch.bfloat16, "trained": "all", "rows_need": "x and routing"} | KINDS[kind]
+def test_backends_do_not_sync(name: str, kind: str, adapters: str) -> None:
     backend = backend_contract.backend_of(name)
-    spec, weights, rows = backend_contract.inputs_of(case, "cuda")
+    case = {"rows": "ragged", "kind": kind, "adapters": adapters, "dtype": torch.bfloat16}
+    spec, weights, rows = lora_contract.inputs_of(case, "cuda")
     grad_ND = torch.randn_like(rows.x_ND)
-    needs = backend_contract.needed_grads("all", weights)
+    needs = needed_grads("all", weights)
     with host_syncs() as syncs:
         _, saved = backend.forward(spec, weights, rows)
         grads = backend.backward_rows(spec, weights, rows, saved, grad_ND, need_x=True, need_routing=True)
@@ -92,6 +101,42 @@ def test_sum_segments(rows: str, dtype: torch.dtype) -> None:
 
 def test_sum_segments_accumulates_bf16_in_fp32() -> None:
     permutation.check_sum_segments_in_fp32("cuda")
+
+
+# Each combination is compiled: not all of them.
+@pytest.mark.parametrize("dtype", triton_ops.DTYPES)
+@pytest.mark.parametrize(("weighted", "biased"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("name", ["silu", "GPT-OSS", "no gate, relu2"])
+def test_triton_activation(name: str, weighted: bool, biased: bool, dtype: torch.dtype) -> None:
+    triton_ops.check_activation(name, 600, weighted, biased, dtype, "cuda")
+
+
+@pytest.mark.parametrize("name", list(triton_ops.KNOWN))
+def test_triton_activation_of_any_kind(name: str) -> None:
+    triton_ops.check_activation(name, 600, True, True, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", triton_ops.DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", [8, 600])
+def test_triton_gather(size: int, weighted: bool, dtype: torch.dtype) -> None:
+    triton_ops.check_gather(size, weighted, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", triton_ops.DTYPES)
+@pytest.mark.parametrize("what", triton_ops.SUMS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_triton_sum_segments(rows: str, what: str, dtype: torch.dtype) -> None:
+    triton_ops.check_sum(rows, what, 2880, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", triton_ops.DTYPES)
+def test_triton_sum_of_long_segments(dtype: torch.dtype) -> None:
+    triton_ops.check_sum_of_long_segments(dtype, "cuda")
+
+
+def test_triton_sums_of_bf16_are_in_fp32() -> None:
+    triton_ops.check_sum_in_fp32("cuda")
 
 
 def test_compact_over_many_blocks() -> None:
@@ -138,7 +183,8 @@ def test_token_path_equals_the_cpu(backend: str, kind: str) -> None:
         )
         inputs = tuple(tensor.to(device) for tensor in inputs)
         grad = token_path.draw(inputs[0].shape, torch.float32, 1).to(device)
-        results[device] = token_path.run_path(spec, weights, token_path.make_runtime(backend), inputs, grad)
+        runtime = token_path.make_runtime("eager" if device == "cpu" else backend)
+        results[device] = token_path.run_path(spec, weights, runtime, inputs, grad)
     present = {key: value for key, value in results["cpu"].items() if value is not None}
     assert_close({key: results["cuda"][key] for key in present}, present, "backend")
 

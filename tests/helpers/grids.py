@@ -6,6 +6,7 @@ Everything is built from plain values, so that a case can be sent to another pro
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.base import ExpertsSpec, ExpertWeights, Factors, LoraPair, NeededGrads
 from hf_moe_accel.ops.permutation import Dispatched, order_by_expert
 
@@ -59,6 +61,18 @@ def _pairwise(cases: Sequence[Case], seed: int) -> set[int]:
 
 def _name(case: Case) -> str:
     return ",".join(f"{axis}={str(value).removeprefix('torch.')}" for axis, value in case.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backends
+
+# Triton's kernels run on a CPU in its interpreter only, which is chosen once a process.
+CPU_BACKENDS = tuple(name for name in EXPERT_BACKENDS if name != "fused" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def comparable_on_cpu(backend: str, dtype: Any) -> bool:
+    """Triton's interpreter cuts digits off where a GPU rounds to bf16, and its bf16 `tl.dot` is wrong: fp32 only."""
+    return backend != "fused" or dtype in (torch.float32, "fp32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

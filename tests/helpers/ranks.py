@@ -392,6 +392,8 @@ def _environ(changes: Mapping[str, str | None]) -> dict[str, str]:
     environ |= dict.fromkeys(_RANK_VARIABLES)
     environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environ |= changes
+    # Without a GPU, Triton's kernels run in its interpreter.
+    environ["TRITON_INTERPRET"] = "0" if environ["CUDA_VISIBLE_DEVICES"] else "1"
     return {name: value for name, value in environ.items() if value is not None}
 
 

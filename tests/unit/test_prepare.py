@@ -197,7 +197,7 @@ def test_backend_that_auto_could_not_choose_is_explained(monkeypatch: pytest.Mon
     setup = set_up(monkeypatch, 1, 1)
     assert setup is not None
     assert setup.backend == "eager"
-    assert setup.notes == ("grouped_mm: the reason",)
+    assert setup.notes[-1] == "grouped_mm: the reason"
     with pytest.raises(ValueError, match="expert_backend='grouped_mm' cannot serve this model: the reason"):
         set_up(monkeypatch, 1, 1, expert_backend="grouped_mm")
 

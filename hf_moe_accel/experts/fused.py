@@ -1,0 +1,246 @@
+"""torch's grouped matrix product with all that stands around it in Triton, each one pass over memory.
+
+Kept for backward: the received rows, the pre-activation without its bias, and LoRA's thin products. Gates are computed
+in fp32, times the routing weight, and rounded once. A down bias does not keep the weight from going onto the
+activation: `w * (a @ W + b)` is `(w * a) @ W + w * b`, and the sum by row adds `w * b`. Only a post-norm does.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hf_moe_accel.experts.base import (
+    ExpertBackend,
+    ExpertsSpec,
+    ExpertWeights,
+    NeededGrads,
+    RowGrads,
+    WeightGrads,
+)
+from hf_moe_accel.experts.grouped_mm import (
+    _as_in_out,
+    _ends,
+    _from_thin,
+    _grad_from_thin,
+    _grad_thin,
+    _grads_of_factors,
+    _linear,
+    _num_thin,
+    _thin,
+)
+from hf_moe_accel.ops import grouped_mm
+from hf_moe_accel.ops import triton as triton_ops
+from hf_moe_accel.ops.gates import GateFormula, find_formula
+from hf_moe_accel.ops.grouped_mm import grouped_linear, grouped_outer
+from hf_moe_accel.ops.permutation import Dispatched
+
+Bias = tuple[Tensor, Tensor]
+
+
+class FusedBackend(ExpertBackend):
+    """CUDA. A gate that is none of the known formulas runs as it is, and the rest stays fused."""
+
+    def __init__(self) -> None:
+        # Not with the module, since `why_not` answers where triton is missing, too.
+        from hf_moe_accel.ops.triton.activation import activate, activate_backward
+        from hf_moe_accel.ops.triton.rows import gather, sum_segments
+
+        self._gate, self._gate_backward = activate, activate_backward
+        self._gather, self._sum_segments = gather, sum_segments
+        self._formulas: dict[ExpertsSpec, GateFormula | None] = {}
+
+    @staticmethod
+    def why_not(spec: ExpertsSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Triton and its device, then what torch's grouped_mm needs."""
+        return triton_ops.why_not(device) or grouped_mm.why_not(
+            spec.hidden_size, spec.intermediate_size, dtype, device
+        )
+
+    def forward(
+        self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Gather, up, gate and weight, down, sum. Keeps the pre-activation, and the output before a post-norm."""
+        ends_e = _ends(rows)
+        up_eDM, down_eID = _as_in_out(spec, weights)
+        up_bias, down_bias = _biases(weights, rows)
+        h_RM, up_thin = _linear(self._gather(rows.x_ND, rows.row_of_R), up_eDM, weights.up_lora, ends_e)
+        if spec.post_norm is None:
+            a_RI = self._activate(spec, h_RM, rows.weights_R, up_bias)
+            down_thin = _thin(a_RI, weights.down_lora, ends_e)
+            out_ND = self._sum_products(
+                a_RI, down_eID, _from_thin(down_thin, weights.down_lora), rows, ends_e, down_bias
+            )
+            return out_ND, (*up_thin, *down_thin, h_RM)
+        y_RD, down_thin = _linear(self._activate(spec, h_RM, None, up_bias), down_eID, weights.down_lora, ends_e)
+        if down_bias is not None:
+            y_RD += _of_rows(down_bias)
+        assert weights.post_norm is not None
+        normed_RD = spec.post_norm(y_RD, weights.post_norm.detach())
+        out_ND = self._sum_segments(normed_RD, rows.r_of_P, rows.start_of_N, weights_R=rows.weights_R)
+        return out_ND, (*up_thin, *down_thin, h_RM, y_RD)
+
+    def backward_rows(
+        self,
+        spec: ExpertsSpec,
+        weights: ExpertWeights,
+        rows: Dispatched,
+        saved: tuple[Tensor, ...],
+        grad_ND: Tensor,
+        *,
+        need_x: bool,
+        need_routing: bool,
+    ) -> RowGrads:
+        """Down, gate and weight, up, sum."""
+        ends_e = _ends(rows)
+        up_eDM, down_eID = _as_in_out(spec, weights)
+        up_bias, down_bias = _biases(weights, rows)
+        num_thin = _num_thin(weights)
+        thin, (h_RM, *outputs) = saved[:num_thin], saved[num_thin:]
+        grad_routing: Tensor | None = None
+        grad_norm: tuple[Tensor, ...] = ()
+        weights_R: Tensor | None = rows.weights_R
+        if spec.post_norm is None:
+            grad_RD = self._gather(grad_ND, rows.row_of_R)
+        else:
+            assert weights.post_norm is not None
+            leaf, norm_leaf = (t.detach().requires_grad_() for t in (outputs[0], weights.post_norm))
+            with torch.enable_grad():
+                normed_RD = spec.post_norm(leaf, norm_leaf)
+            grad_normed_RD = self._gather(grad_ND, rows.row_of_R, rows.weights_R)
+            grad_RD, of_norm = torch.autograd.grad(normed_RD, (leaf, norm_leaf), grad_normed_RD)
+            grad_norm = (of_norm,)
+            if need_routing:
+                grad_RD_unweighted = self._gather(grad_ND, rows.row_of_R)
+                grad_routing = torch.mul(grad_RD_unweighted.float(), normed_RD.detach()).sum(1)
+            weights_R = None
+        grad_down_thin = _grad_thin(grad_RD, weights.down_lora, ends_e)
+        grad_a_RI = grouped_linear(grad_RD, down_eID.transpose(1, 2), ends_e)
+        for grad_thin, a_erI in _grad_from_thin(grad_down_thin, weights.down_lora):
+            grad_a_RI += grouped_linear(grad_thin, a_erI, ends_e)
+        grad_h_RM, of_weights_R, a_RI = self._activate_backward(spec, h_RM, weights_R, up_bias, grad_a_RI)
+        if need_routing and of_weights_R is not None:
+            grad_routing = of_weights_R
+            if down_bias is not None:
+                bias_eD, expert_of_R = down_bias
+                by_expert_Ne = grad_ND.float() @ bias_eD.float().t()
+                grad_routing += by_expert_Ne[rows.row_of_R, expert_of_R]
+        grad_up_thin = _grad_thin(grad_h_RM, weights.up_lora, ends_e)
+        grad_x: Tensor | None = None
+        if need_x:
+            thin_products = _grad_from_thin(grad_up_thin, weights.up_lora)
+            grad_x = self._sum_products(grad_h_RM, up_eDM.transpose(1, 2), thin_products, rows, ends_e, None)
+        for_weights = (grad_RD, a_RI, grad_h_RM, *thin, *grad_up_thin, *grad_down_thin, *grad_norm)
+        return RowGrads(grad_x, grad_routing, for_weights)
+
+    def backward_weights(
+        self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, grads: RowGrads, needs: NeededGrads
+    ) -> WeightGrads:
+        """Outer products by expert; nothing at all for frozen weights."""
+        ends_e = _ends(rows)
+        grad_RD, into_down_RI, grad_h_RM, *others = grads.for_weights
+        num_thin = _num_thin(weights)
+        thin, grad_thin, grad_norm = others[:num_thin], others[num_thin : 2 * num_thin], others[2 * num_thin :]
+
+        @cache
+        def into_up_RD() -> Tensor:
+            return self._gather(rows.x_ND, rows.row_of_R)
+
+        def outer(into_RK: Tensor, grad_RM: Tensor) -> Tensor:
+            if spec.is_transposed:
+                return grouped_outer(into_RK, grad_RM, ends_e)
+            return grouped_outer(grad_RM, into_RK, ends_e)
+
+        def by_expert(grad_R: Tensor, weights_R: Tensor | None) -> Tensor:
+            starts_e = torch.cat([ends_e.new_zeros(1), ends_e[:-1]]).long()
+            return self._sum_segments(grad_R, None, starts_e, weights_R=weights_R)
+
+        return WeightGrads(
+            up=outer(into_up_RD(), grad_h_RM) if needs.up else None,
+            down=outer(into_down_RI, grad_RD) if needs.down else None,
+            up_bias=by_expert(grad_h_RM, None) if needs.up_bias else None,
+            # Where a post-norm took the weight, the gradient has it already.
+            down_bias=by_expert(grad_RD, None if spec.post_norm else rows.weights_R) if needs.down_bias else None,
+            post_norm=grad_norm[0] if needs.post_norm else None,
+            up_lora=_grads_of_factors(
+                weights.up_lora, needs.up_lora, into_up_RD, grad_h_RM, thin[:1], grad_thin[:1], ends_e
+            ),
+            down_lora=_grads_of_factors(
+                weights.down_lora, needs.down_lora, lambda: into_down_RI, grad_RD, thin[-1:], grad_thin[-1:], ends_e
+            ),
+        )
+
+    def _formula(self, spec: ExpertsSpec) -> GateFormula | None:
+        if spec not in self._formulas:
+            self._formulas[spec] = find_formula(spec.gate, spec.pre_activation_size, spec.intermediate_size)
+        return self._formulas[spec]
+
+    def _activate(self, spec: ExpertsSpec, h_RM: Tensor, weights_R: Tensor | None, bias: Bias | None) -> Tensor:
+        """[R, I] the gate of the pre-activation, weighted where there are weights."""
+        formula = self._formula(spec)
+        if formula is not None:
+            return self._gate(formula, h_RM, weights_R, bias)
+        return _weighted(spec.gate(_biased(h_RM, bias)), weights_R)
+
+    def _activate_backward(
+        self, spec: ExpertsSpec, h_RM: Tensor, weights_R: Tensor | None, bias: Bias | None, grad_RI: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The gradients of the pre-activation and of the weights, and what `_activate` returned."""
+        formula = self._formula(spec)
+        if formula is not None:
+            return self._gate_backward(formula, h_RM, weights_R, bias, grad_RI)
+        leaf = _biased(h_RM, bias).detach().requires_grad_()
+        with torch.enable_grad():
+            a_RI = spec.gate(leaf)
+        (grad_h_RM,) = torch.autograd.grad(a_RI, leaf, _weighted(grad_RI, weights_R))
+        a_RI = a_RI.detach()
+        of_weights = None if weights_R is None else torch.mul(grad_RI.float(), a_RI).sum(1)
+        return grad_h_RM, of_weights, _weighted(a_RI, weights_R)
+
+    def _sum_products(
+        self,
+        x_RK: Tensor,
+        weight_eKD: Tensor,
+        thin_products: list[tuple[Tensor, Tensor]],
+        rows: Dispatched,
+        ends_e: Tensor,
+        bias: Bias | None,
+    ) -> Tensor:
+        """[N, D] products by expert with what adapters and weighted biases add, summed by row."""
+        y_RD = grouped_linear(x_RK, weight_eKD, ends_e)
+        other_RD = grouped_linear(*thin_products[0], ends_e) if thin_products else None
+        return self._sum_segments(
+            y_RD,
+            rows.r_of_P,
+            rows.start_of_N,
+            other_RD=other_RD,
+            weights_R=None if bias is None else rows.weights_R,
+            bias=bias,
+        )
+
+
+def _biases(weights: ExpertWeights, rows: Dispatched) -> tuple[Bias | None, Bias | None]:
+    """Both projections' biases, with the expert of each row."""
+    if weights.up_bias is None or weights.down_bias is None:
+        return None, None
+    experts = torch.arange(rows.counts_e.numel(), device=rows.counts_e.device)
+    expert_of_R = experts.repeat_interleave(rows.counts_e, output_size=rows.row_of_R.numel())
+    return (weights.up_bias, expert_of_R), (weights.down_bias, expert_of_R)
+
+
+def _of_rows(bias: Bias) -> Tensor:
+    bias_eM, expert_of_R = bias
+    return bias_eM.index_select(0, expert_of_R)
+
+
+def _biased(h_RM: Tensor, bias: Bias | None) -> Tensor:
+    return h_RM if bias is None else h_RM + _of_rows(bias)
+
+
+def _weighted(rows_R: Tensor, weights_R: Tensor | None) -> Tensor:
+    """Rows times their fp32 routing weight, in fp32 and rounded once."""
+    if weights_R is None:
+        return rows_R
+    return torch.mul(rows_R, weights_R[:, None], out=torch.empty_like(rows_R))
