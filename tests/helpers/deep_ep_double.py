@@ -118,11 +118,17 @@ def launched(
     return handed_out, EventHandle(finish)
 
 
-def exchange(group: Any, for_rank: list[Any]) -> list[Any]:
-    """What each rank has for this one."""
+def gather(group: Any, value: Any) -> list[Any]:
+    """The value of each rank."""
     gathered: list[Any] = [None] * group.size()
-    dist.all_gather_object(gathered, for_rank, group=group)
-    return [of_rank[group.rank()] for of_rank in gathered]
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def exchange(group: Any, for_rank: list[Any], of_all: Any = None) -> tuple[list[Any], list[Any]]:
+    """What each rank has for this one, and what each has for all."""
+    gathered = gather(group, (for_rank, of_all))
+    return [of_rank[group.rank()] for of_rank, _ in gathered], [of_all for _, of_all in gathered]
 
 
 def check_torch_deterministic() -> None:
@@ -194,9 +200,7 @@ class Buffer:
         self.group, self.num_nvl_bytes, self.explicitly_destroy = group, num_nvl_bytes, explicitly_destroy
         self.group_size, self.rank = group.size(), group.rank()
         check(self.group_size < 8 or self.group_size % 8 == 0, "the number of ranks")
-        handles: list[Any] = [None] * group.size()
-        dist.all_gather_object(handles, num_nvl_bytes, group=group)
-        check(len(set(handles)) == 1, "all ranks have buffers of one size")
+        check(len(set(gather(group, num_nvl_bytes))) == 1, "all ranks have buffers of one size")
         self.runtime: Any = object()
         self.record.alive.append(self)
         self.record.made.append(self)
@@ -329,7 +333,10 @@ class Buffer:
                 ids = local_slots(topk_idx[tokens], rank, num_experts // ranks)
                 rows += (ids.cpu(), torch.where(ids >= 0, topk_weights[tokens], 0.0).cpu())
             sent.append(rows)
-        received = exchange(self.group, sent)
+        counted = None
+        if handle is None:
+            counted = (num_tokens_per_rank.cpu(), num_tokens_per_expert.cpu())
+        received, counted_by_all = exchange(self.group, sent, counted)
         parts = [torch.cat(part) for part in zip(*received, strict=True)]
         if handle is not None:
             self.record.calls.append("cached dispatch")
@@ -337,10 +344,8 @@ class Buffer:
             (recv_x,), event = launched(self.record, x.device, async_finish, _padded(parts[1], num_worst_tokens))
             return recv_x, None, None, None, None, EventOverlap(event)
         self.record.calls.append("dispatch")
-        counts_matrix: list[Any] = [None] * ranks
-        dist.all_gather_object(counts_matrix, num_tokens_per_rank.cpu(), group=self.group)
         made_handle = (
-            torch.stack(counts_matrix).cumsum(0).int().to(x.device),
+            torch.stack([rows for rows, _ in counted_by_all]).cumsum(0).int().to(x.device),
             torch.zeros(ranks, channels, dtype=torch.int32, device=x.device),
             torch.zeros(ranks, channels, dtype=torch.int32, device=x.device),
             _padded(parts[0], num_worst_tokens).to(x.device),
@@ -356,9 +361,8 @@ class Buffer:
         else:
             local = num_experts // ranks
             mine = slice(self.rank * local, (self.rank + 1) * local)
-            of_experts: list[Any] = [None] * ranks
-            dist.all_gather_object(of_experts, num_tokens_per_expert.cpu(), group=self.group)
-            counts = [_aligned(int(count), expert_alignment) for count in sum(of_experts)[mine]]
+            of_experts = sum(pairs for _, pairs in counted_by_all)[mine]
+            counts = [_aligned(int(count), expert_alignment) for count in of_experts]
         results, event = launched(
             self.record, x.device, async_finish, _padded(parts[1], num_worst_tokens), ids, weights
         )
@@ -402,7 +406,7 @@ class Buffer:
             rows = slice(start, end)
             weights = None if topk_weights is None else topk_weights[rows].cpu()
             sent.append((src_idx[rows].long().cpu(), x[rows].cpu(), weights))
-        back = exchange(self.group, sent)
+        back, _ = exchange(self.group, sent)
         parts = [(tokens, rows) for tokens, rows, _ in back]
         parts += [(torch.arange(num_tokens), one.cpu()) for one in biases]
         out, out_weights = summed(num_tokens, x, parts), None
@@ -485,9 +489,7 @@ class ElasticBuffer:
             num_bytes = self._size(group.size(), num_max_tokens_per_rank, hidden, num_topk or 32)
         self.group, self.num_bytes, self.explicitly_destroy = group, num_bytes, explicitly_destroy
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
-        sizes: list[Any] = [None] * group.size()
-        dist.all_gather_object(sizes, (num_bytes, num_max_tokens_per_rank), group=group)
-        check(len(set(sizes)) == 1, "all ranks have buffers of one size")
+        check(len(set(gather(group, (num_bytes, num_max_tokens_per_rank)))) == 1, "all ranks have buffers of one size")
         self.runtime: Any = object()
         self.record.alive.append(self)
         self.record.made.append(self)
@@ -576,9 +578,6 @@ class ElasticBuffer:
         check(num_experts % ranks == 0, "experts are spread evenly")
         check(num_experts <= 2048 and num_experts // ranks <= 256, "at most 2048 experts and 256 a rank")
         check(self._size(ranks, most, x.size(1), num_topk) <= self.num_bytes, "the buffer is large enough")
-        agreed: list[Any] = [None] * ranks
-        dist.all_gather_object(agreed, (most, x.size(1), num_topk, cached), group=self.group)
-        check(len(set(agreed)) == 1, "all ranks pass one most, one hidden size and one k")
 
         local = num_experts // ranks
         sent = []
@@ -589,7 +588,8 @@ class ElasticBuffer:
             if topk_weights is not None:
                 weights = torch.where(slots[tokens] >= 0, topk_weights[tokens], GARBAGE[torch.float32]).cpu()
             sent.append((tokens.int().cpu(), x[tokens].cpu(), slots[tokens].cpu(), weights))
-        received = exchange(self.group, sent)
+        received, agreed = exchange(self.group, sent, (most, x.size(1), num_topk, cached))
+        check(len(set(agreed)) == 1, "all ranks pass one most, one hidden size and one k")
         src, rows, ids = (torch.cat([part[i] for part in received]) for i in range(3))
         weights = None if topk_weights is None else torch.cat([part[3] for part in received])
         num_recv = rows.size(0)
@@ -670,7 +670,7 @@ class ElasticBuffer:
             weights = None if topk_weights is None else topk_weights[rows].cpu()
             source = handle.recv_src_metadata[rows, 0].long() % handle.num_max_tokens_per_rank
             sent.append((source.cpu(), x[rows].cpu(), weights))
-        back = exchange(self.group, sent)
+        back, _ = exchange(self.group, sent)
         parts = [(tokens, rows) for tokens, rows, _ in back]
         parts += [(torch.arange(num_tokens), one.cpu()) for one in biases]
         out, out_weights = summed(num_tokens, x, parts), None
