@@ -63,7 +63,7 @@ def why_not(
     """
     reason = why_not_device(device)
     if reason is None:
-        reason = _why_not_installed()
+        reason = why_not_installed()
     if reason is None and dtype != torch.bfloat16:
         reason = (
             f"DeepEP sums rows in bf16 only, and these are {str(dtype).removeprefix('torch.')} (bf16 weights, or fp32 "
@@ -89,6 +89,20 @@ def why_not_device(device: torch.device) -> str | None:
         if peer != mine and not torch.cuda.can_device_access_peer(mine, peer):
             return f"DeepEP needs GPUs that reach each other's memory, and {mine} does not reach {peer}"
     return None
+
+
+def why_not_installed() -> str | None:
+    """Why there is no DeepEP to call, as one sentence; None if there is."""
+    try:
+        _package()
+    except ModuleNotFoundError as error:
+        if error.name == "deep_ep":
+            return "DeepEP (the module deep_ep) is not installed; it is built from source"
+        return f"DeepEP cannot be imported: {error}"
+    except Exception as error:
+        # V2 checks NCCL and CUDA as it is imported, by assertions.
+        return f"DeepEP cannot be imported: {type(error).__name__}: {error}"
+    return None if _links() else "the module deep_ep has neither ElasticBuffer nor Buffer"
 
 
 def open_link(group: dist.ProcessGroup, hidden: int, num_experts: int) -> Link:
@@ -334,16 +348,3 @@ def _package() -> Any:
     import deep_ep  # type: ignore[import-not-found]
 
     return deep_ep
-
-
-def _why_not_installed() -> str | None:
-    try:
-        _package()
-    except ModuleNotFoundError as error:
-        if error.name == "deep_ep":
-            return "DeepEP (the module deep_ep) is not installed; it is built from source"
-        return f"DeepEP cannot be imported: {error}"
-    except Exception as error:
-        # V2 checks NCCL and CUDA as it is imported, by assertions.
-        return f"DeepEP cannot be imported: {type(error).__name__}: {error}"
-    return None if _links() else "the module deep_ep has neither ElasticBuffer nor Buffer"

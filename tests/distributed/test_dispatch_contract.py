@@ -26,8 +26,8 @@ WORLD_SIZES = {"local": (1,)}
 # DeepEP is tried as either of its generations, over the double.
 NAMES = [name for name in DISPATCHERS if name != "deepep"] + [f"deepep {v}" for v in deep_ep_double.VERSIONS]
 DISPATCHERS_AND_SIZES = [(name, size) for name in NAMES for size in WORLD_SIZES.get(name, (2, 4))]
-# The least that each generation takes; the others take any.
-HIDDEN = {"deepep v1": 16, "deepep v2": 256}
+# The least that each generation takes; the others take any. A package of V2 serves narrow rows by V1.
+HIDDEN = {"deepep v1": 16, "deepep v2": 256, "deepep": 256, "deepep narrow": 16}
 AXES = {
     "tokens": TOKENS,
     "top_k": (1, 2, 4),
@@ -60,9 +60,9 @@ def make_dispatcher(name: str) -> TokenDispatcher:
 
 @contextmanager
 def opened(name: str) -> Iterator[TokenDispatcher]:
-    """The dispatcher of a name: "deepep v1" and "deepep v2" stand on the double, "deepep" on the package."""
+    """The dispatcher of a name: "deepep v1" and "deepep v2" stand on the double, other names on what is installed."""
     _, _, version = name.partition(" ")
-    if not version:
+    if version not in deep_ep_double.VERSIONS:
         dispatcher = make_dispatcher(name)
         yield dispatcher
         dispatcher.close()
