@@ -66,7 +66,8 @@ def prepare_moe_model(
     For a loop of your own: give each rank its own batch and scale each rank's loss as FSDP expects, that is
     `loss = sum of token losses on this rank * world_size / number of tokens on all ranks` (gradients are averaged over
     the ranks; for batches of equal size this is the usual mean). Clip with `clip_grad_norm_`, and give the optimizer
-    `parameter_groups(model)`. All ranks must run the same number of forward and backward passes.
+    `parameter_groups(model)`. All ranks must run the same number of forward and backward passes. Where tokens go by
+    DeepEP, all ranks call `model.moe_runtime.close()` at the end, before the process group is destroyed.
 
     Args:
         model: a loaded `PreTrainedModel`, or a PEFT model around one. A dense model is returned as it is, with a

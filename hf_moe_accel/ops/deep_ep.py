@@ -71,6 +71,12 @@ def why_not(
         )
     if reason is None and top_k is not None and top_k > _MOST_TOP_K:
         reason = f"DeepEP takes at most {_MOST_TOP_K} experts a token, and this model has {top_k}"
+    if reason is None and torch.are_deterministic_algorithms_enabled():
+        if torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+            reason = (
+                "DeepEP refuses torch.use_deterministic_algorithms with "
+                "torch.utils.deterministic.fill_uninitialized_memory, which writes into buffers that rows arrive in"
+            )
     if reason is not None:
         return reason
     reasons = [link.why_not(hidden, num_experts, ep_size) for link in _links()]

@@ -76,6 +76,14 @@ def test_limits(version: str, changes: dict[str, Any], reason: str | None) -> No
         assert "\n" not in found and not found.endswith(".")
 
 
+def test_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with double.installed("v1"):
+        assert "refuses torch.use_deterministic_algorithms with" in str(why_not())
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        assert why_not() is None
+
+
 def test_an_older_build_takes_multiples_of_128() -> None:
     with double.installed("v1"):
         del sys.modules["deep_ep"].topk_idx_t
