@@ -49,7 +49,7 @@ class AutoModelForCausalLM:
         """
         moe_config = moe_config or MoEAccelConfig()
         structure = meta_model(cls._auto_class, pretrained_model_name_or_path, kwargs.get("config"), **kwargs)
-        setup = choose_setup(structure, find_experts(structure), moe_config)
+        setup = choose_setup(structure, find_experts(structure), moe_config, mixed_precision=fsdp_mixed_precision)
         if setup is None:
             return cls._auto_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         refuse_load_arguments(kwargs)
@@ -59,8 +59,8 @@ class AutoModelForCausalLM:
         loaded = cls._auto_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         if kwargs.get("output_loading_info"):
             model, info = loaded
-            return prepare_moe_model(model, moe_config), info
-        return prepare_moe_model(loaded, moe_config)
+            return prepare_moe_model(model, moe_config, fsdp_mixed_precision=fsdp_mixed_precision), info
+        return prepare_moe_model(loaded, moe_config, fsdp_mixed_precision=fsdp_mixed_precision)
 
     @classmethod
     def from_config(cls, config: Any, *, moe_config: MoEAccelConfig | None = None, **kwargs: Any) -> Any:

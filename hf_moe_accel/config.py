@@ -35,8 +35,9 @@ class MoEAccelConfig:
     token_dispatcher: str = field(
         default="auto",
         metadata={
-            "help": "How tokens reach the ranks of their experts: 'auto', 'all_to_all' (NCCL or gloo collectives; "
-            "needs ep_size > 1), 'local' (every rank has all experts; needs ep_size 1)."
+            "help": "How tokens reach the ranks of their experts: 'auto', 'deepep' (DeepEP's kernels over NVLink; "
+            "needs ep_size > 1 within a node, bf16, and DeepEP built from source), 'all_to_all' (NCCL or gloo "
+            "collectives; needs ep_size > 1), 'local' (every rank has all experts; needs ep_size 1)."
         },
     )
     expert_backend: str = field(

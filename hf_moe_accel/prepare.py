@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_moe_accel.config import MoEAccelConfig
 from hf_moe_accel.dispatch import DISPATCHERS
-from hf_moe_accel.dispatch.base import TokenDispatcher
+from hf_moe_accel.dispatch.base import TokenDispatcher, Traffic
 from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.base import ExpertBackend
 from hf_moe_accel.hf.checkpointing import keep_exchanges_when_checkpointing
@@ -47,12 +47,14 @@ class Setup:
         dispatcher: name of the token dispatcher.
         backend: name of the expert backend.
         notes: for each choice that was not taken, one sentence why.
+        traffic: what the dispatcher will carry.
     """
 
     topology: ExpertTopology
     dispatcher: str
     backend: str
     notes: tuple[str, ...]
+    traffic: Traffic
 
 
 def prepare_moe_model(
@@ -71,7 +73,8 @@ def prepare_moe_model(
     For a loop of your own: give each rank its own batch and scale each rank's loss as FSDP expects, that is
     `loss = sum of token losses on this rank * world_size / number of tokens on all ranks` (gradients are averaged over
     the ranks; for batches of equal size this is the usual mean). Clip with `clip_grad_norm_`, and give the optimizer
-    `parameter_groups(model)`. All ranks must run the same number of forward and backward passes.
+    `parameter_groups(model)`. All ranks must run the same number of forward and backward passes. Where tokens go by
+    DeepEP, all ranks call `model.moe_runtime.close()` at the end, before the process group is destroyed.
 
     Args:
         model: a loaded `PreTrainedModel`, or a PEFT model around one. A dense model is returned as it is, with a
@@ -98,7 +101,7 @@ def prepare_moe_model(
         _check_prepared(prepared, config)
         return model
     found = find_experts(base)
-    setup = choose_setup(base, found, config)
+    setup = choose_setup(base, found, config, mixed_precision=fsdp_mixed_precision)
     if setup is None:
         return model
     check_model(base, setup.topology)
@@ -108,6 +111,7 @@ def prepare_moe_model(
         shard_in_place(base, setup.topology, mixed_precision=fsdp_mixed_precision, mesh=mesh, rules=rules)
     if setup.topology.ep_size > 1:
         flatten_expert_mesh(base)
+        setup = _agreed(setup)
     runtime = MoERuntime(
         setup.topology,
         _make_dispatcher(setup, base),
@@ -131,8 +135,16 @@ def prepare_moe_model(
     return model
 
 
-def choose_setup(model: nn.Module, found: Sequence[FoundExperts], config: MoEAccelConfig) -> Setup | None:
+def choose_setup(
+    model: nn.Module, found: Sequence[FoundExperts], config: MoEAccelConfig, *, mixed_precision: bool = False
+) -> Setup | None:
     """Choose for a model (which may be on the meta device); None for a model that trains as without us.
+
+    Args:
+        model: loaded, or on the meta device.
+        found: its experts.
+        config: what the user wrote.
+        mixed_precision: fp32 weights will compute in bf16.
 
     Raises:
         ValueError: an explicit choice cannot be honoured.
@@ -180,16 +192,10 @@ def choose_setup(model: nn.Module, found: Sequence[FoundExperts], config: MoEAcc
             f"expert parallelism: no number above 1 divides the {topology.num_experts} experts, the "
             f"{topology.fsdp_size} ranks of a replica and the {ranks_per_node} ranks of a node"
         )
-    dispatcher = config.token_dispatcher
-    if dispatcher == "auto":
-        dispatcher = "all_to_all" if topology.ep_size > 1 else "local"
-    if dispatcher == "all_to_all" and topology.ep_size == 1:
-        raise ValueError(
-            f"token_dispatcher='all_to_all' needs ep_size > 1, but {topology.describe()} leaves every expert on every "
-            "rank: start more ranks with torchrun, or leave token_dispatcher out."
-        )
+    traffic = _traffic(model, found, topology, ranks_per_node, mixed_precision)
+    dispatcher, dispatcher_notes = _choose_dispatcher(topology, traffic, config.token_dispatcher)
     backend, backend_notes = _choose_backend(found, config.expert_backend)
-    return Setup(topology, dispatcher, backend, (*notes, *backend_notes))
+    return Setup(topology, dispatcher, backend, (*notes, *dispatcher_notes, *backend_notes), traffic)
 
 
 def check_model(model: Any, topology: ExpertTopology) -> None:
@@ -238,16 +244,18 @@ def adopt_adapters(model: Any) -> dict[str, str]:
 def _check_prepared(runtime: MoERuntime, config: MoEAccelConfig) -> None:
     """Refuse choices for a model that was prepared with others."""
     topology = runtime.topology
-    backend = config.expert_backend
+    dispatcher, backend = config.token_dispatcher, config.expert_backend
     for name, kept in (
         ("ep_size", config.ep_size in ("auto", topology.ep_size)),
         ("dp_replicate_size", config.dp_replicate_size in (1, topology.dp_replicate_size)),
+        ("token_dispatcher", dispatcher == "auto" or DISPATCHERS.load(dispatcher) is type(runtime.dispatcher)),
         ("expert_backend", backend == "auto" or EXPERT_BACKENDS.load(backend) is type(runtime.backend)),
     ):
         if not kept:
             raise ValueError(
-                f"{name}={getattr(config, name)!r} comes too late: the model was prepared with {topology.describe()} "
-                f"and {type(runtime.backend).__name__}. Give {name} where the model is loaded or first prepared."
+                f"{name}={getattr(config, name)!r} comes too late: the model was prepared with {topology.describe()}, "
+                f"{type(runtime.dispatcher).__name__} and {type(runtime.backend).__name__}. Give {name} where the "
+                "model is loaded or first prepared."
             )
 
 
@@ -284,6 +292,59 @@ def _without_ep_plan(model: Any, found: Sequence[FoundExperts]) -> str | None:
     return next((item.name for item in found if plan.get(item.name) != "ep_dispatch_experts"), None)
 
 
+def _traffic(
+    model: Any, found: Sequence[FoundExperts], topology: ExpertTopology, ranks_per_node: int, mixed_precision: bool
+) -> Traffic:
+    stored = found[0].weight(0).dtype
+    return Traffic(
+        hidden=max(experts.spec.hidden_size for experts in found),
+        num_experts=max(experts.spec.num_experts for experts in found),
+        # The name that transformers has for it in most configurations; where it has another one, the plan tells.
+        top_k=getattr(model.config.get_text_config(), "num_experts_per_tok", None),
+        dtype=torch.bfloat16 if stored == torch.float32 and mixed_precision else stored,
+        ep_size=topology.ep_size,
+        ranks_per_node=ranks_per_node,
+        device=_device(),
+    )
+
+
+def _choose_dispatcher(topology: ExpertTopology, traffic: Traffic, wanted: str) -> tuple[str, list[str]]:
+    """What this rank would take; `_agreed` makes it one choice of all."""
+    if topology.ep_size == 1:
+        if wanted not in ("auto", "local"):
+            raise ValueError(
+                f"token_dispatcher={wanted!r} needs ep_size > 1, but {topology.describe()} leaves every expert on "
+                "every rank: start more ranks with torchrun, or leave token_dispatcher out."
+            )
+        return "local", []
+    notes: list[str] = []
+    for name in DISPATCHERS if wanted == "auto" else (wanted,):
+        reason = DISPATCHERS.load(name).why_not(traffic)
+        if reason is None:
+            return name, notes
+        notes.append(f"{name}: {reason}")
+    raise ValueError(
+        f"token_dispatcher={wanted!r} cannot serve this run: {reason}. Use token_dispatcher='all_to_all', or 'auto'."
+    )
+
+
+def _agreed(setup: Setup) -> Setup:
+    """The same dispatcher on all ranks: of those that they would take, the last of the registry. All ranks must call.
+
+    Where a rank would take a better one, a rank that would not says why.
+    """
+    chosen: list[Any] = [None] * setup.topology.world_size
+    dist.all_gather_object(chosen, (setup.dispatcher, setup.notes))
+    names = [name for name, _ in chosen]
+    order = list(DISPATCHERS)
+    agreed = max(names, key=order.index)
+    if setup.dispatcher == agreed:
+        return setup
+    rank = names.index(agreed)
+    reasons = [note for note in chosen[rank][1] if note.startswith(f"{setup.dispatcher}: ")]
+    return replace(setup, dispatcher=agreed, notes=(*setup.notes, *(f"{note} (rank {rank})" for note in reasons)))
+
+
 def _choose_backend(found: Sequence[FoundExperts], wanted: str) -> tuple[str, list[str]]:
     def why_not(name: str) -> str | None:
         backend = EXPERT_BACKENDS.load(name)
@@ -317,10 +378,8 @@ def _device() -> torch.device:
 
 
 def _make_dispatcher(setup: Setup, model: Any) -> TokenDispatcher:
-    make: Callable[..., TokenDispatcher] = DISPATCHERS.load(setup.dispatcher)
-    if setup.topology.ep_size == 1:
-        return make()
-    return make(model._mesh_manager.get_mesh("ep").get_group())
+    group = model._mesh_manager.get_mesh("ep").get_group() if setup.topology.ep_size > 1 else None
+    return DISPATCHERS.load(setup.dispatcher).create(group, setup.traffic)
 
 
 def _make_backend(setup: Setup) -> ExpertBackend:

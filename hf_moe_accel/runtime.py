@@ -77,7 +77,11 @@ class MoERuntime:
             model.register_forward_hook(torch.compiler.disable(self._leave_forward), prepend=True, always_call=True)
 
     def close(self) -> None:
-        """Stop the watchdog. The next forward pass opens again. Not a collective."""
+        """Stop the watchdog and free the dispatcher's buffers. The next forward pass opens again.
+
+        All ranks must call, unless this one fails: DeepEP frees its buffers together.
+        """
+        self.dispatcher.close()
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None

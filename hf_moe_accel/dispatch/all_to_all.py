@@ -17,12 +17,13 @@ once per rank, with its pairs, follows DeepEP (https://github.com/deepseek-ai/De
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_moe_accel.dispatch.base import Pending, TokenDispatcher
+from hf_moe_accel.dispatch.base import Pending, TokenDispatcher, Traffic
 from hf_moe_accel.ops.permutation import Dispatched, compact, order_by_expert, sum_segments
 
 
@@ -77,6 +78,12 @@ class AllToAllDispatcher(TokenDispatcher):
         """Keep the group; nothing is allocated."""
         self.group = group
         self.ep_size = group.size()
+
+    @classmethod
+    def create(cls, group: dist.ProcessGroup | None, traffic: Traffic) -> Self:
+        """It carries whatever comes."""
+        assert group is not None, "all_to_all needs an EP group"
+        return cls(group)
 
     def plan(self, ids_TK: Tensor, num_experts: int, chunks: int = 1) -> AllToAllPlan:
         """Exchange the counts of all chunks in one collective and read them back: the layer's one host sync."""

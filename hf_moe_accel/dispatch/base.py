@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Self, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_moe_accel.ops.permutation import Dispatched
@@ -38,6 +41,29 @@ class Pending(Generic[T]):
         return finish()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What a model will have its dispatcher carry.
+
+    Attributes:
+        hidden: hidden size D in elements.
+        num_experts: experts of the model, E; the most that any layer has.
+        top_k: experts of a token, where known.
+        dtype: of the rows.
+        ep_size: ranks that share the experts.
+        ranks_per_node: ranks of a node.
+        device: of this rank.
+    """
+
+    hidden: int
+    num_experts: int
+    top_k: int | None
+    dtype: torch.dtype
+    ep_size: int
+    ranks_per_node: int
+    device: torch.device
+
+
 class TokenDispatcher(ABC):
     """Brings each token to the ranks that own its experts, and the results back.
 
@@ -51,6 +77,24 @@ class TokenDispatcher(ABC):
     """
 
     moves_rows = True
+
+    @classmethod
+    def why_not(cls, traffic: Traffic) -> str | None:
+        """Why this dispatcher cannot serve on this rank, as one sentence; None if it can. Not a collective."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def create(cls, group: dist.ProcessGroup | None, traffic: Traffic) -> Self:
+        """One for a model.
+
+        Args:
+            group: the EP process group; None where `ep_size` is 1.
+            traffic: what it will have to carry.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Give back what is held beyond the process group, which must still be there; the next plan takes it anew."""
 
     @abstractmethod
     def plan(self, ids_TK: Tensor, num_experts: int, chunks: int = 1) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from hf_moe_accel.dispatch.base import Pending, TokenDispatcher
+from hf_moe_accel.dispatch.base import Pending, TokenDispatcher, Traffic
 from hf_moe_accel.ops.permutation import Dispatched, order_by_expert
 
 
@@ -24,6 +26,11 @@ class LocalDispatcher(TokenDispatcher):
     """Every rank holds all experts, so rows stay where they are: a row is a token, and no count is read back."""
 
     moves_rows = False
+
+    @classmethod
+    def create(cls, group: dist.ProcessGroup | None, traffic: Traffic) -> Self:
+        """It needs neither."""
+        return cls()
 
     def plan(self, ids_TK: Tensor, num_experts: int, chunks: int = 1) -> LocalPlan:
         """Only cut the tokens into chunks."""

@@ -51,7 +51,7 @@ def meta_model(auto_class: Any, source: str | os.PathLike[str], config: Any, **k
         auto_class: transformers' auto class that will load it.
         source: hub id or local path.
         config: its configuration, or None to read it.
-        kwargs: of `from_pretrained`; those that choose the configuration's source are used.
+        kwargs: of `from_pretrained`; those that choose the configuration's source, and the dtype, are used.
     """
     if config is None:
         names = (
@@ -64,9 +64,9 @@ def meta_model(auto_class: Any, source: str | os.PathLike[str], config: Any, **k
             "trust_remote_code",
         )
         config = AutoConfig.from_pretrained(source, **{name: kwargs[name] for name in names if name in kwargs})
-    trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    passed = {name: kwargs[name] for name in ("trust_remote_code", "dtype") if kwargs.get(name) not in (None, "auto")}
     with torch.device("meta"):
-        return auto_class.from_config(config, **trust)
+        return auto_class.from_config(config, **passed)
 
 
 def shard_in_place(

@@ -95,7 +95,8 @@ class AcceleratedMoEMixin(CheckpointMixin):
     def _load(self, source: str | os.PathLike[str], training_args: Any, peft_config: Any) -> Any:
         """The model of a hub id or path; arguments are refused before its weights are read."""
         structure = meta_model(AutoModelForCausalLM._auto_class, source, None)
-        is_moe = choose_setup(structure, find_experts(structure), self.moe_config) is not None
+        masters = _keeps_masters(structure, training_args)
+        is_moe = choose_setup(structure, find_experts(structure), self.moe_config, mixed_precision=masters) is not None
         if is_moe:
             refuse_arguments(training_args)
         if training_args is not None:
@@ -108,18 +109,18 @@ class AcceleratedMoEMixin(CheckpointMixin):
             if why_not_after_sharding(said, find_experts(structure)):
                 # What reads or copies whole weights comes before sharding: each rank reads the model then.
                 return AutoModelForCausalLM._auto_class.from_pretrained(source, dtype="auto")
-        return AutoModelForCausalLM.from_pretrained(
-            source, moe_config=self.moe_config, fsdp_mixed_precision=_keeps_masters(structure, training_args)
-        )
+        return AutoModelForCausalLM.from_pretrained(source, moe_config=self.moe_config, fsdp_mixed_precision=masters)
 
     def _prepare_model(self, model: Any, like: Any = None) -> Any:
         """Prepare a model that training made or was given; does nothing to a dense one or one that is prepared."""
         adopt_adapters(model)
         base = base_of(model)
-        if runtime_of(model) is None and choose_setup(base, find_experts(base), self.moe_config) is None:
-            return model
+        masters = _keeps_masters(base, self.args)
+        if runtime_of(model) is None:
+            if choose_setup(base, find_experts(base), self.moe_config, mixed_precision=masters) is None:
+                return model
         refuse_arguments(self.args)
-        prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=_keeps_masters(base, self.args), like=like)
+        prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=masters, like=like)
         return model
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_moe_accel.dispatch import DISPATCHERS
 from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.base import ExpertWeights
 from hf_moe_accel.ops.permutation import compact
@@ -147,7 +146,7 @@ def test_compact_over_many_blocks() -> None:
 
 @pytest.mark.usefixtures("nccl")
 @pytest.mark.parametrize("case", dispatch_contract.CASES)
-@pytest.mark.parametrize("name", list(DISPATCHERS))
+@pytest.mark.parametrize("name", ["all_to_all", "local"])
 def test_dispatch_and_combine_are_the_weighted_sum(name: str, case: Case) -> None:
     dispatch_contract.check(name, 1, case, [dispatch_contract.exchange(name, case, "cuda")])
 
