@@ -42,8 +42,8 @@ class MoEAccelConfig:
     expert_backend: str = field(
         default="auto",
         metadata={
-            "help": "How the experts compute: 'auto', 'grouped_mm' (torch's grouped matrix product), 'eager' (a loop "
-            "over the experts: the slow reference)."
+            "help": "How the experts compute: 'auto', 'padded_bmm' (torch's batched matrix product; CPU only), "
+            "'grouped_mm' (torch's grouped matrix product), 'eager' (a loop over the experts: the slow reference)."
         },
     )
     collective_timeout: float = field(

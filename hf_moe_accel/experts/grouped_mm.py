@@ -89,9 +89,7 @@ class GroupedMMBackend(ExpertBackend):
                 with torch.enable_grad():
                     normed_RD = spec.post_norm(leaf, norm_leaf)
                 grad_routing = dot(grad_RD, normed_RD.detach())
-                grad_RD, of_norm = torch.autograd.grad(
-                    normed_RD, (leaf, norm_leaf), weighted(grad_RD, rows.weights_R)
-                )
+                grad_RD, of_norm = torch.autograd.grad(normed_RD, (leaf, norm_leaf), weighted(grad_RD, rows.weights_R))
                 grad_norm = (of_norm,)
         h_leaf = h_RM.detach().requires_grad_()
         with torch.enable_grad():

@@ -1,12 +1,12 @@
-"""torch's batched matrix product over blocks of a few experts, whose rows are padded to one number: for CPU.
+"""torch's batched matrix product over blocks of a few experts, each with its rows padded to one number: for CPU.
 
-Against a loop over experts, which torch's grouped_mm is on CPU: everything between the gather and the sum stays in
-cache, thin LoRA products do not each pay for a call, and the numbers of rows recur. oneDNN compiles each bf16 product
-for its shape (0.4 to 2 ms) and remembers the last 1,024: with the routing's own numbers it would compile nearly every
-product of every step again.
+Against torch's grouped_mm, which on CPU is a loop over experts: a block's thin LoRA products are one call each, what
+lies between gather and sum is a block and no [R, *] tensor, and the numbers of rows recur. The last is for oneDNN: it
+compiles each bf16 product for its shape (0.4 to 2 ms) and remembers the last 1,024, so that with the routing's own
+numbers of rows it compiles most products of every step again.
 
-Kept for backward: what `grouped_mm` keeps, with the padding. A padding row repeats a real one under the routing weight 0, so it is finite and adds
-zeros to every sum.
+Kept for backward: what `grouped_mm` keeps, with the padding. A padding row repeats a real one under the routing weight
+0, so it is finite and adds zeros to every sum.
 
 Shape letters beside those of `ops/permutation`: b experts of a block, c rows of each with padding, S all padded rows.
 """
@@ -32,11 +32,10 @@ from hf_moe_accel.experts.base import (
 from hf_moe_accel.experts.common import as_in_out, detached, dot, weighted
 from hf_moe_accel.ops.permutation import Dispatched
 
-# Blocks of 8 experts took a quarter of the time of single ones in thin bf16 products; larger ones leave the cache.
 _BLOCK_SIZES = (8, 4, 2, 1)
 _MAX_ROWS = 4096
-# So many rows of padding an expert cost less than the calls that a block of its own needs.
-_ROWS_PER_CALL = 48
+# So many rows of padding an expert cost about as much as calls of its own would.
+_ROWS_PER_CALL = 96
 
 
 class PaddedBMMBackend(ExpertBackend):
@@ -46,7 +45,7 @@ class PaddedBMMBackend(ExpertBackend):
     def why_not(spec: ExpertsSpec, dtype: torch.dtype, device: torch.device) -> str | None:
         """Device."""
         if device.type != "cpu":
-            return f"it reads each expert's number of rows on the host, for which the {device.type} device would wait"
+            return f"it is for CPU: it reads the experts' numbers of rows, for which a {device.type} device would stop"
         return None
 
     def forward(
@@ -198,9 +197,7 @@ class PaddedBMMBackend(ExpertBackend):
             needs.down_bias,
             needs.down_lora,
         )
-        return WeightGrads(
-            up, down, up_bias, down_bias, grad_norm[0] if needs.post_norm else None, up_lora, down_lora
-        )
+        return WeightGrads(up, down, up_bias, down_bias, grad_norm[0] if needs.post_norm else None, up_lora, down_lora)
 
 
 class Block(NamedTuple):
@@ -285,11 +282,15 @@ class Projection(NamedTuple):
     def apply(self, block: Block, x_SK: Tensor, thin: tuple[Tensor, ...], out_SM: Tensor) -> None:
         """The block's rows, from `x_SK` [b * c, K] to `out_SM` [b * c, M]."""
         x_bcK, out_bcM = block.by_expert(x_SK), block.by_expert(out_SM)
-        torch.bmm(x_bcK, self.weight_eKM[block.experts], out=out_bcM)
+        beta = 0
+        # Thin products first, while the rows are in cache; the wide one adds up in registers, so it comes last.
         for (a_erK, b_eMr, scaling), thin_Sr in zip(self.lora, thin, strict=True):
             thin_bcr = block.by_expert(thin_Sr[block.slots])
             torch.bmm(x_bcK, a_erK[block.experts].transpose(1, 2), out=thin_bcr)
-            out_bcM.baddbmm_(thin_bcr, b_eMr[block.experts].transpose(1, 2), alpha=scaling)
+            b_brM = b_eMr[block.experts].transpose(1, 2)
+            torch.baddbmm(out_bcM, thin_bcr, b_brM, beta=beta, alpha=scaling, out=out_bcM)
+            beta = 1
+        torch.baddbmm(out_bcM, x_bcK, self.weight_eKM[block.experts], beta=beta, out=out_bcM)
 
 
 def _projections(spec: ExpertsSpec, weights: ExpertWeights) -> tuple[Projection, Projection]:
@@ -314,7 +315,12 @@ def _grads_of_projection(
     of_weight = torch.empty_like(weight) if need_weight else None
     of_bias = weight.new_empty(weight.size(0), weight.size(2 if is_transposed else 1)) if need_bias else None
     of_lora = tuple(
-        Factors(*(torch.empty_like(factor) if is_needed else None for factor, is_needed in zip(pair[:2], need)))
+        Factors(
+            *(
+                torch.empty_like(factor) if is_needed else None
+                for factor, is_needed in zip(pair[:2], need, strict=True)
+            )
+        )
         for pair, need in zip(lora, need_lora, strict=True)
     )
     any_lora = any(need.a or need.b for need in need_lora)
