@@ -55,7 +55,7 @@ class Ours(nn.Module):
 
     def __init__(self, experts: Any, rank: int, factor_dtype: torch.dtype) -> None:
         from hf_moe_accel.dispatch.local import LocalDispatcher
-        from hf_moe_accel.experts.grouped_mm import GroupedMMBackend
+        from hf_moe_accel.experts import EXPERT_BACKENDS
         from hf_moe_accel.hf.discover import find_experts
         from hf_moe_accel.runtime import MoERuntime
         from hf_moe_accel.topology import ExpertTopology
@@ -63,8 +63,14 @@ class Ours(nn.Module):
         super().__init__()
         (found,) = find_experts(nn.ModuleDict({"experts": experts}))
         self.spec, self.experts, self.rank = found.spec, experts, rank
-        num = found.spec.num_experts
-        self.runtime = MoERuntime(ExpertTopology(1, num), LocalDispatcher(), GroupedMMBackend(), [num], 60.0)
+        num, weight = found.spec.num_experts, experts.down_proj
+        # As `expert_backend="auto"` chooses: the first that can serve.
+        backend = next(
+            cls()
+            for cls in map(EXPERT_BACKENDS.load, EXPERT_BACKENDS)
+            if cls.why_not(found.spec, weight.dtype, weight.device) is None
+        )
+        self.runtime = MoERuntime(ExpertTopology(1, num), LocalDispatcher(), backend, [num], 60.0)
         self.factors = nn.ParameterList()
         for name in PROJECTIONS if rank else ():
             _, out, into = getattr(experts, name).shape

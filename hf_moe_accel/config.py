@@ -44,7 +44,8 @@ class MoEAccelConfig:
         default="auto",
         metadata={
             "help": "How the experts compute: 'auto', 'fused' (CUDA: torch's grouped matrix product between Triton "
-            "kernels), 'grouped_mm' (the product alone), 'eager' (a loop over the experts: the slow reference)."
+            "kernels), 'padded_bmm' (CPU: batched products of padded blocks), 'grouped_mm' (torch's grouped matrix "
+            "product alone), 'eager' (a loop over the experts: the slow reference)."
         },
     )
     collective_timeout: float = field(

@@ -34,6 +34,7 @@ from hf_moe_accel.hf.install import bind
 from hf_moe_accel.hf.keys import original_classes
 from hf_moe_accel.hf.loading import distributed_config, flatten_expert_mesh, is_sharded, shard_in_place
 from hf_moe_accel.log import say, warn_once
+from hf_moe_accel.registry import Registry
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.topology import ExpertTopology
 
@@ -318,7 +319,7 @@ def _choose_dispatcher(topology: ExpertTopology, traffic: Traffic, wanted: str) 
             )
         return "local", []
     notes: list[str] = []
-    for name in DISPATCHERS if wanted == "auto" else (wanted,):
+    for name in _for_this_device(DISPATCHERS) if wanted == "auto" else [wanted]:
         reason = DISPATCHERS.load(name).why_not(traffic)
         if reason is None:
             return name, notes
@@ -365,12 +366,16 @@ def _choose_backend(found: Sequence[FoundExperts], wanted: str) -> tuple[str, li
             )
         return wanted, []
     notes: list[str] = []
-    for name in EXPERT_BACKENDS:
+    for name in _for_this_device(EXPERT_BACKENDS):
         reason = why_not(name)
         if reason is None:
             return name, notes
         notes.append(f"{name}: {reason}")
     raise AssertionError("the eager backend serves everything")
+
+
+def _for_this_device(registry: Registry[Any]) -> list[str]:
+    return [name for name in registry if _device().type in (registry.load(name).device_types or (_device().type,))]
 
 
 def _device() -> torch.device:

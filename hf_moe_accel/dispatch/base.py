@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -74,9 +74,11 @@ class TokenDispatcher(ABC):
 
     Attributes:
         moves_rows: whether rows travel between ranks, so that keeping them may be cheaper than sending them again.
+        device_types: where it can run at all, such as ("cuda",); None: anywhere. "auto" does not speak of the others.
     """
 
     moves_rows = True
+    device_types: ClassVar[tuple[str, ...] | None] = None
 
     @classmethod
     def why_not(cls, traffic: Traffic) -> str | None:

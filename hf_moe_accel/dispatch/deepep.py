@@ -62,6 +62,8 @@ class DeepEPDispatcher(TokenDispatcher):
         num_experts: experts of the model, E; the most that any layer has.
     """
 
+    device_types = ("cuda",)
+
     def __init__(self, group: dist.ProcessGroup, hidden: int, num_experts: int) -> None:
         """Allocate nothing: the first plan does."""
         self.group = group

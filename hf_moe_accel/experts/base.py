@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -166,7 +166,12 @@ class ExpertBackend(ABC):
     """Forward and backward of the experts, as two explicit functions without state.
 
     The backward is cut in two so that the rows' gradients can travel while the weights' gradients are computed.
+
+    Attributes:
+        device_types: where it can run at all, such as ("cuda",); None: anywhere. "auto" does not speak of the others.
     """
+
+    device_types: ClassVar[tuple[str, ...] | None] = None
 
     @staticmethod
     @abstractmethod

@@ -43,6 +43,8 @@ Bias = tuple[Tensor, Tensor]
 class FusedBackend(ExpertBackend):
     """CUDA. A gate that is none of the known formulas runs as it is, and the rest stays fused."""
 
+    device_types = ("cuda",)
+
     def __init__(self) -> None:
         # Not with the module, since `why_not` answers where triton is missing, too.
         from hf_moe_accel.ops.triton.activation import activate, activate_backward

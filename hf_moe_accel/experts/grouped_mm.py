@@ -24,6 +24,7 @@ from hf_moe_accel.experts.base import (
     RowGrads,
     WeightGrads,
 )
+from hf_moe_accel.experts.common import as_in_out, detached, dot, weighted
 from hf_moe_accel.ops import grouped_mm
 from hf_moe_accel.ops.grouped_mm import grouped_linear, grouped_outer
 from hf_moe_accel.ops.permutation import Dispatched, sum_segments
@@ -42,13 +43,13 @@ class GroupedMMBackend(ExpertBackend):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Gather, up, gate and weight, down, sum. Keeps the pre-activation, and the output where it is weighted."""
         ends_e = _ends(rows)
-        up_eDM, down_eID = _as_in_out(spec, weights)
+        up_eDM, down_eID = as_in_out(spec, weights)
         h_RM, up_thin = _linear(rows.x_ND.index_select(0, rows.row_of_R), up_eDM, weights.up_lora, ends_e)
         if weights.up_bias is not None:
             h_RM += _by_row(weights.up_bias, rows)
         a_RI = spec.gate(h_RM)
         if spec.weights_before_down:
-            into_down_RI = _weighted(a_RI, rows.weights_R)
+            into_down_RI = weighted(a_RI, rows.weights_R)
             down_thin = _thin(into_down_RI, weights.down_lora, ends_e)
             products = [(into_down_RI, down_eID), *_from_thin(down_thin, weights.down_lora)]
             return _sum_products(products, rows, ends_e), (*up_thin, *down_thin, h_RM)
@@ -56,7 +57,7 @@ class GroupedMMBackend(ExpertBackend):
         if weights.down_bias is not None:
             y_RD += _by_row(weights.down_bias, rows)
         normed_RD = _post_norm(spec, weights, y_RD)
-        out_ND = sum_segments(_weighted(normed_RD, rows.weights_R), rows.r_of_P, rows.start_of_N)
+        out_ND = sum_segments(weighted(normed_RD, rows.weights_R), rows.r_of_P, rows.start_of_N)
         return out_ND, (*up_thin, *down_thin, h_RM, y_RD)
 
     def backward_rows(
@@ -72,25 +73,23 @@ class GroupedMMBackend(ExpertBackend):
     ) -> RowGrads:
         """Down, gate (through autograd, on the recomputed activation), up, sum."""
         ends_e = _ends(rows)
-        up_eDM, down_eID = _as_in_out(spec, weights)
+        up_eDM, down_eID = as_in_out(spec, weights)
         num_thin = _num_thin(weights)
-        thin, (h_RM, *weighted) = saved[:num_thin], saved[num_thin:]
+        thin, (h_RM, *outputs) = saved[:num_thin], saved[num_thin:]
         grad_RD = grad_ND.index_select(0, rows.row_of_R)
         grad_routing: Tensor | None = None
         grad_norm: tuple[Tensor, ...] = ()
         if not spec.weights_before_down:
-            (y_RD,) = weighted
+            (y_RD,) = outputs
             if spec.post_norm is None:
-                grad_routing = _dot(grad_RD, y_RD)
-                grad_RD = _weighted(grad_RD, rows.weights_R)
+                grad_routing = dot(grad_RD, y_RD)
+                grad_RD = weighted(grad_RD, rows.weights_R)
             else:
-                leaf, norm_leaf = y_RD.detach().requires_grad_(), _detached(weights.post_norm).requires_grad_()
+                leaf, norm_leaf = y_RD.detach().requires_grad_(), detached(weights.post_norm).requires_grad_()
                 with torch.enable_grad():
                     normed_RD = spec.post_norm(leaf, norm_leaf)
-                grad_routing = _dot(grad_RD, normed_RD.detach())
-                grad_RD, of_norm = torch.autograd.grad(
-                    normed_RD, (leaf, norm_leaf), _weighted(grad_RD, rows.weights_R)
-                )
+                grad_routing = dot(grad_RD, normed_RD.detach())
+                grad_RD, of_norm = torch.autograd.grad(normed_RD, (leaf, norm_leaf), weighted(grad_RD, rows.weights_R))
                 grad_norm = (of_norm,)
         h_leaf = h_RM.detach().requires_grad_()
         with torch.enable_grad():
@@ -101,9 +100,9 @@ class GroupedMMBackend(ExpertBackend):
             grad_a_RI += grouped_linear(grad_thin, a_erI, ends_e)
         into_down_RI = a_RI.detach()
         if spec.weights_before_down:
-            grad_routing = _dot(grad_a_RI, into_down_RI) if need_routing else None
-            into_down_RI = _weighted(into_down_RI, rows.weights_R)
-            grad_a_RI = _weighted(grad_a_RI, rows.weights_R)
+            grad_routing = dot(grad_a_RI, into_down_RI) if need_routing else None
+            into_down_RI = weighted(into_down_RI, rows.weights_R)
+            grad_a_RI = weighted(grad_a_RI, rows.weights_R)
         (grad_h_RM,) = torch.autograd.grad(a_RI, h_leaf, grad_a_RI)
         grad_up_thin = _grad_thin(grad_h_RM, weights.up_lora, ends_e)
         grad_x: Tensor | None = None
@@ -148,13 +147,6 @@ class GroupedMMBackend(ExpertBackend):
 
 def _ends(rows: Dispatched) -> Tensor:
     return torch.cumsum(rows.counts_e, 0, dtype=torch.int32)
-
-
-def _as_in_out(spec: ExpertsSpec, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
-    """Both projections as [e, in, out], by a view."""
-    if spec.is_transposed:
-        return weights.up, weights.down
-    return weights.up.transpose(1, 2), weights.down.transpose(1, 2)
 
 
 def _num_thin(weights: ExpertWeights) -> int:
@@ -259,16 +251,6 @@ def _scale(thin_Rr: Tensor, lora: tuple[LoraPair, ...]) -> Tensor:
     return thin_Rr
 
 
-def _weighted(rows_R: Tensor, weights_R: Tensor) -> Tensor:
-    """Rows times their fp32 routing weight, in fp32 and rounded once, in one pass over memory."""
-    return torch.mul(rows_R, weights_R[:, None], out=torch.empty_like(rows_R))
-
-
-def _dot(a_R: Tensor, b_R: Tensor) -> Tensor:
-    """[R] inner products by row, in fp32."""
-    return torch.mul(a_R.float(), b_R).sum(1)
-
-
 def _by_row(bias_e: Tensor, rows: Dispatched) -> Tensor:
     return bias_e.repeat_interleave(rows.counts_e, dim=0, output_size=rows.row_of_R.numel())
 
@@ -281,9 +263,4 @@ def _sum_by_expert(grad_R: Tensor, ends_e: Tensor) -> Tensor:
 def _post_norm(spec: ExpertsSpec, weights: ExpertWeights, y_RD: Tensor) -> Tensor:
     if spec.post_norm is None:
         return y_RD
-    return spec.post_norm(y_RD, _detached(weights.post_norm))
-
-
-def _detached(weight: Tensor | None) -> Tensor:
-    assert weight is not None
-    return weight.detach()
+    return spec.post_norm(y_RD, detached(weights.post_norm))

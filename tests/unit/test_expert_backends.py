@@ -17,7 +17,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hf_moe_accel.dispatch.local import LocalDispatcher
-from hf_moe_accel.experts import EXPERT_BACKENDS
+from hf_moe_accel.experts import EXPERT_BACKENDS, padded_bmm
 from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights
 from hf_moe_accel.hf.discover import find_experts
 from hf_moe_accel.moe.forward import forward
@@ -44,6 +44,7 @@ from tests.helpers.tolerances import assert_close
 
 NUM_EXPERTS = 5
 BACKENDS = [name for name in EXPERT_BACKENDS if name != "eager"]
+ON_ACCELERATORS = [name for name in BACKENDS if name != "padded_bmm"]
 CASES = grid(
     {
         "rows": ROWS,
@@ -134,6 +135,12 @@ def test_equals_eager(name: str, case: Case) -> None:
     check_equals_eager(name, case, "cpu")
 
 
+def test_padded_bmm_says_why_not() -> None:
+    spec = make_spec(4, gate="silu", transposed=False, bias=False, post_norm=False)
+    reason = backend_of("padded_bmm").why_not(spec, torch.bfloat16, torch.device("cuda"))
+    assert reason is not None and "it is for CPU" in reason
+
+
 @pytest.mark.parametrize(
     ("trained", "products"), [("none", 0), ("vectors", 0), ("up", 1), ("down", 1), ("projections", 2)]
 )
@@ -154,7 +161,7 @@ def test_frozen_weights_cost_no_products(trained: str, products: int, monkeypatc
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "fused"])
+@pytest.mark.parametrize("name", [name for name in ON_ACCELERATORS if name != "fused"])
 def test_nothing_is_read_back(name: str, gate: str, bias: bool, post_norm: bool) -> None:
     case = {"rows": "ragged", "gate": gate, "transposed": False, "bias": bias, "post_norm": post_norm}
     case |= {"dtype": torch.bfloat16, "trained": "all", "rows_need": "x and routing"}
@@ -179,6 +186,41 @@ def test_grouped_mm_says_why_not(hidden: int, intermediate: int, dtype: torch.dt
     found = backend_of("grouped_mm").why_not(spec, dtype, torch.device("cpu"))
     assert found == reason or (reason is not None and found is not None and reason in found)
     assert backend_of("eager").why_not(spec, dtype, torch.device("cpu")) is None
+
+
+COUNTS = [[0], [1], [17] * 64, [0, 0, 0], [3000, 1, 0, 2], [5, 0, 7, 0, 0, 9, 260, 255, 270, 0, 4], [40] * 7]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_padded_blocks_hold_all_rows(counts: list[int]) -> None:
+    counts_e = torch.tensor(counts, dtype=torch.int32)
+    num_rows = sum(counts)
+    weights_R = 1.0 + torch.arange(num_rows)
+    row_of_R = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
+    unused = torch.empty(0)
+    padded = padded_bmm._pad(Dispatched(unused, weights_R, row_of_R, counts_e, unused, unused))
+    assert [i for block in padded.blocks for i in range(len(counts))[block.experts]] == list(range(len(counts)))
+    assert padded.row_of_S.numel() == padded.weights_S.numel() == padded.blocks[-1].slots.stop
+    assert torch.equal(padded.row_of_S[padded.slot_of_R], row_of_R)
+    assert torch.equal(padded.weights_S[padded.slot_of_R], weights_R)
+    assert int((padded.weights_S != 0).sum()) == num_rows, "padding has a weight"
+    expert_of_R = torch.arange(len(counts)).repeat_interleave(counts_e)
+    for block in padded.blocks:
+        for place, expert in enumerate(range(len(counts))[block.experts]):
+            first = block.slots.start + place * block.rows_each
+            own = row_of_R[expert_of_R == expert]
+            found = padded.row_of_S[first : first + block.rows_each]
+            assert torch.equal(found[: own.numel()], own)
+            if own.numel():
+                assert (found[own.numel() :] == own[-1]).all(), "padding repeats the expert's last row"
+
+
+def test_padded_numbers_of_rows_recur() -> None:
+    """oneDNN compiles a product for each shape: few shapes, for any routing."""
+    rounded = [padded_bmm._round_up(count) for count in range(1, 4097)]
+    assert all(count <= padded < count + max(16, count / 8 + 1) for count, padded in enumerate(rounded, 1))
+    assert len(set(rounded)) < 50
+    assert padded_bmm._round_up(0) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from tests.helpers.grids import (
 from tests.helpers.tolerances import assert_close
 
 NUM_EXPERTS = 5
-BACKENDS = [name for name in EXPERT_BACKENDS if name != "eager"]
+ON_ACCELERATORS = [name for name in EXPERT_BACKENDS if name not in ("eager", "padded_bmm")]
 Results = dict[str, Tensor | None]
 WITH_LORA = tuple(name for name in ADAPTERS if name != "none")
 
@@ -172,7 +172,7 @@ def test_adapters_that_are_zero_change_nothing(name: str, kind: str, dtype: torc
     assert_close({key: with_adapters[key] for key in present}, present, "exact")
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "fused"])
+@pytest.mark.parametrize("name", [name for name in ON_ACCELERATORS if name != "fused"])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_nothing_is_read_back(name: str, kind: str) -> None:
     case = {"rows": "ragged", "kind": kind, "adapters": "two", "dtype": torch.bfloat16}

@@ -17,6 +17,7 @@ from hf_moe_accel import AutoModelForCausalLM, MoEAccelConfig, prepare_moe_model
 from hf_moe_accel.dispatch.local import LocalDispatcher
 from hf_moe_accel.experts.eager import EagerBackend
 from hf_moe_accel.experts.grouped_mm import GroupedMMBackend
+from hf_moe_accel.experts.padded_bmm import PaddedBMMBackend
 from hf_moe_accel.hf.discover import find_experts
 from hf_moe_accel.hf.install import NAME
 from hf_moe_accel.log import warn_once
@@ -63,8 +64,8 @@ def test_preparing_again_changes_nothing() -> None:
     runtime = runtime_of(model)
     assert runtime is not None
     assert isinstance(runtime.dispatcher, LocalDispatcher)
-    assert isinstance(runtime.backend, GroupedMMBackend)
-    assert prepare_moe_model(model, MoEAccelConfig(expert_backend="grouped_mm")) is model
+    assert isinstance(runtime.backend, PaddedBMMBackend)
+    assert prepare_moe_model(model, MoEAccelConfig(expert_backend="padded_bmm")) is model
     assert runtime_of(model) is runtime
 
 
@@ -76,7 +77,7 @@ def test_other_choices_for_a_prepared_model_are_refused(choice: dict[str, Any]) 
     model = prepare_moe_model(tiny_model("qwen3_moe"))
     ((name, value),) = choice.items()
     with pytest.raises(
-        ValueError, match=f"{name}={value!r} comes too late: .*ep 1 x efsdp 1.*, LocalDispatcher and GroupedMMBackend"
+        ValueError, match=f"{name}={value!r} comes too late: .*ep 1 x efsdp 1.*, LocalDispatcher and PaddedBMMBackend"
     ):
         prepare_moe_model(model, MoEAccelConfig(**choice))
 
@@ -198,11 +199,12 @@ def test_layout_that_auto_could_not_choose_is_explained(monkeypatch: pytest.Monk
 
 
 def test_backend_that_auto_could_not_choose_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GroupedMMBackend, "why_not", staticmethod(lambda *_: "the reason"))
+    for backend in (PaddedBMMBackend, GroupedMMBackend):
+        monkeypatch.setattr(backend, "why_not", staticmethod(lambda *_: "the reason"))
     setup = set_up(monkeypatch, 1, 1)
     assert setup is not None
     assert setup.backend == "eager"
-    assert setup.notes[-1] == "grouped_mm: the reason"
+    assert setup.notes == ("padded_bmm: the reason", "grouped_mm: the reason")
     with pytest.raises(ValueError, match="expert_backend='grouped_mm' cannot serve this model: the reason"):
         set_up(monkeypatch, 1, 1, expert_backend="grouped_mm")
 
