@@ -17,11 +17,11 @@ from hf_moe_accel.ops.permutation import Dispatched
 
 
 class Exchange(NamedTuple):
-    """One layer's exchange. ids_TK: [T, K] the routing; out_TD: [T, D] what the layer returned."""
+    """One layer's exchange. ids_TK: [T, K] the routing; rows: of each chunk; out_TD: [T, D] what the layer returned."""
 
     ids_TK: Tensor
     plan: Any
-    rows: Dispatched
+    rows: tuple[Dispatched, ...]
     out_TD: Tensor
 
 
