@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_moe_accel.dispatch.base import TokenDispatcher
 from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads, Scalings
+from hf_moe_accel.moe.check import check_tokens
 from hf_moe_accel.moe.overlap import (
     ChunkChoice,
     LayerPass,
@@ -43,6 +44,7 @@ class Runtime(Protocol):
     backend: ExpertBackend
     stats: RoutingStats
     chunks: ChunkChoice
+    check_tokens: bool
 
     def step_of(self, layer: int, *, again: bool) -> int:
         """The number of the running forward pass; called once a layer, and `again` in a recompute."""
@@ -119,17 +121,21 @@ class _TokenPath(torch.autograd.Function):
         dispatcher = runtime.dispatcher
         region = current_region()
         again = region is not None and region.recomputes
+        # Reentrant checkpointing runs its first pass without gradients.
+        counts = (counts or region is not None) and not again
         if not dispatcher.moves_rows:
             region = None
         kept = None if region is None else region.replay(ids_TK)
         step = runtime.step_of(layer, again=again)
+        if runtime.check_tokens:
+            check_tokens(x_TD, ids_TK, spec.num_experts, f"step {step}, layer {layer}")
         call = LayerPass(spec, runtime, layer, step, _cast(parameters, dtype, scalings))
         if kept is not None:
             plan, rows = kept.plan, kept.rows
             saved = compute_again(call, rows)
             out_TD = kept.out_TD.clone()
         else:
-            if counts and not again:
+            if counts:
                 runtime.stats.add(layer, ids_TK)
             chunks = runtime.chunks.of(layer, dispatcher)
             with runtime.waiting(step, layer, "forward, plan"):
@@ -138,8 +144,7 @@ class _TokenPath(torch.autograd.Function):
             y_TD, rows, saved = send_and_compute(call, x_TD.to(dtype), weights_TK, plan, chunks)
             out_TD = y_TD.to(x_TD.dtype)
             if region is not None:
-                # A copy: the model may write into what it gets.
-                region.keep(Exchange(ids_TK, plan, rows, out_TD.clone()))
+                region.keep(ids_TK, Exchange(plan, rows, out_TD))
 
         tensors, skeleton = _take_tensors((plan, rows, saved))
         ctx.save_for_backward(*tensors, *parameters)
@@ -171,9 +176,7 @@ class _TokenPath(torch.autograd.Function):
             if of_weights.post_norm is not None:
                 # The experts share this weight, so its gradient has a part on every rank of the EP group.
                 with runtime.waiting(step, layer, "backward, post-norm"):
-                    of_weights = of_weights._replace(
-                        post_norm=runtime.dispatcher.sum_over_ep(of_weights.post_norm)
-                    )
+                    of_weights = of_weights._replace(post_norm=runtime.dispatcher.sum_over_ep(of_weights.post_norm))
         x_dtype, routing_dtype = ctx.dtypes
         return (
             *(None,) * 6,

@@ -41,9 +41,9 @@ Saved = tuple[tuple[Tensor, ...], ...]
 class ChunkChoice:
     """The number of chunks of each exchange; equal on all ranks of an EP group, without asking them.
 
-    A number that the user wrote is equal by itself. For "auto" the ranks agree on the most tokens that any of them
-    holds, which an exchange of counts tells all of them on its way: a pass sends its first layer in one chunk, and cuts
-    the others by what the exchange before told. So the choice follows from the pass alone, whatever came before it.
+    A number that the user wrote is equal by itself. "auto" goes by the most tokens that any of the ranks holds, which
+    an exchange of counts tells all of them on its way: a pass sends its first layer in one chunk, and cuts the others
+    by what the exchange before told. So the choice follows from the pass alone, whatever came before it.
 
     Args:
         wanted: "auto" or a number.
