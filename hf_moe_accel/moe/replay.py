@@ -4,8 +4,8 @@ A checkpointed region keeps, of each MoE layer in it, the plan, the received row
 pass computes the rest again from them. That costs the memory of the received rows, and saves every transfer of the
 recompute. Handed to `torch.utils.checkpoint` as its `context_fn` (non-reentrant checkpointing only).
 
-Reentrant checkpointing has no contexts: its recompute routes and sends again, and the region keeps the routing alone, to
-raise if the recompute chooses other experts.
+Reentrant checkpointing has no contexts: its recompute routes and sends again, and the region keeps the routing alone,
+to raise if the recompute chooses other experts.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def keep_exchanges() -> tuple[_Inside, _Inside]:
 def compare_routing(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`checkpoint(function, *args, **kwargs)`, which raises if a recompute routes differently than the forward pass.
 
-    For reentrant checkpointing, which has no contexts. The ids live with the function that is checkpointed, as long as the graph does.
+    For reentrant checkpointing, which has no contexts. The ids live with the function that is checkpointed, as long as
+    the graph does.
     """
     region = Region(keeps_rows=False)
     passes = 0
