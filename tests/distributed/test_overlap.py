@@ -100,6 +100,37 @@ def test_one_chunk_is_a_straight_line() -> None:
     ]
 
 
+def places_on_ranks(chunks: int) -> list[str]:
+    """What the watchdog is told of."""
+    places: list[str] = []
+    with closing(make_runtime(AllToAllDispatcher(dist.group.WORLD), EagerBackend(), chunks)) as runtime:
+        waiting = runtime.waiting
+        runtime.waiting = lambda *place: places.append(place) or waiting(*place)  # type: ignore[method-assign]
+        step(runtime)
+    return [direction for _, _, direction in places]
+
+
+def test_the_watchdog_is_told_the_chunk() -> None:
+    assert run_ranks(places_on_ranks, 2, 1)[0] == [
+        "forward, plan",
+        "forward, dispatch",
+        "forward, combine",
+        "backward, combine",
+        "backward, dispatch",
+    ]
+    assert run_ranks(places_on_ranks, 2, 2)[0] == [
+        "forward, plan",
+        "forward, dispatch, chunk 1 of 2",
+        "forward, dispatch, chunk 2 of 2",
+        "forward, combine, chunk 1 of 2",
+        "forward, combine, chunk 2 of 2",
+        "backward, combine, chunk 1 of 2",
+        "backward, combine, chunk 2 of 2",
+        "backward, dispatch, chunk 1 of 2",
+        "backward, dispatch, chunk 2 of 2",
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The number of chunks
 
