@@ -80,9 +80,29 @@ class MoEAccelConfig:
         },
     )
 
+    # As ep_size: the union ends in None so that the text comes unconverted.
+    overlap_chunks: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Parts that a layer's tokens are sent in, so that one part travels while another computes. More "
+            "parts hide more of the transfers but make the products of the experts smaller. 'auto': by the tokens of "
+            "a rank, one part for each 2,048 of them, 4 at most. 1: no overlap but that of the weights' gradients. "
+            "With ep_size 1 nothing travels, and it has no effect."
+        },
+    )
+    check_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "For finding errors: before tokens are sent, look for rows that are not finite and for expert "
+            "numbers that the model does not have, and name layer, rank and the first of them. Costs a device sync a "
+            "layer."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Check each value by arithmetic alone; no device, no network, no process group is touched."""
-        self.ep_size = self._parse_ep_size(self.ep_size)
+        self.ep_size = self._auto_or_number("ep_size", "ranks")
+        self.overlap_chunks = self._auto_or_number("overlap_chunks", "parts")
         if not isinstance(self.dp_replicate_size, int) or self.dp_replicate_size < 1:
             raise ValueError(
                 f"dp_replicate_size={self.dp_replicate_size} must be a whole number, 1 or more; 1 means one copy."
@@ -96,14 +116,14 @@ class MoEAccelConfig:
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}={value!r} must be a name, for example {name}='auto'.")
 
-    @staticmethod
-    def _parse_ep_size(value: int | str | None) -> int | str:
+    def _auto_or_number(self, name: str, of_what: str) -> int | str:
+        value = getattr(self, name)
         if value is None or value == "auto":
             return "auto"
         try:
-            size = int(value) if isinstance(value, int | str) else 0
+            number = int(value) if isinstance(value, int | str) else 0
         except ValueError:
-            size = 0
-        if size < 1 or isinstance(value, bool):
-            raise ValueError(f"ep_size={value!r} must be 'auto' or a whole number of ranks, 1 or more.")
-        return size
+            number = 0
+        if number < 1 or isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be 'auto' or a whole number of {of_what}, 1 or more.")
+        return number

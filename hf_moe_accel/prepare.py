@@ -119,6 +119,8 @@ def prepare_moe_model(
         _make_backend(setup),
         [experts.spec.num_experts for experts in found],
         config.collective_timeout,
+        config.overlap_chunks or "auto",
+        config.check_tokens,
     )
     bind(base, found, runtime)
     runtime.follow(base)
@@ -251,6 +253,8 @@ def _check_prepared(runtime: MoERuntime, config: MoEAccelConfig) -> None:
         ("dp_replicate_size", config.dp_replicate_size in (1, topology.dp_replicate_size)),
         ("token_dispatcher", dispatcher == "auto" or DISPATCHERS.load(dispatcher) is type(runtime.dispatcher)),
         ("expert_backend", backend == "auto" or EXPERT_BACKENDS.load(backend) is type(runtime.backend)),
+        ("overlap_chunks", config.overlap_chunks in ("auto", runtime.chunks.wanted)),
+        ("check_tokens", config.check_tokens <= runtime.check_tokens),
     ):
         if not kept:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from hf_moe_accel.moe.overlap import ChunkChoice
 from hf_moe_accel.moe.stats import RoutingStats
 from hf_moe_accel.moe.watchdog import Watchdog
 
@@ -34,6 +35,8 @@ class MoERuntime:
         backend: station 2.
         num_experts: experts of each MoE layer, in order; layers may differ.
         collective_timeout: seconds that a rank may come no further within a forward or backward pass.
+        overlap_chunks: parts that a layer's tokens are sent in, or "auto".
+        check_tokens: whether tokens are looked at before they are sent.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class MoERuntime:
         backend: ExpertBackend,
         num_experts: Sequence[int],
         collective_timeout: float,
+        overlap_chunks: int | str = "auto",
+        check_tokens: bool = False,
     ) -> None:
         """Hold the parts; start nothing."""
         self.topology = topology
@@ -50,6 +55,8 @@ class MoERuntime:
         self.backend = backend
         self.num_experts = num_experts
         self.collective_timeout = collective_timeout
+        self.chunks = ChunkChoice(overlap_chunks)
+        self.check_tokens = check_tokens
         self.saving: CheckpointSave | None = None  # where the model's weights go while a trainer saves a checkpoint
         self.stats = RoutingStats(len(num_experts), max(num_experts))
         self._passes = 0
@@ -129,7 +136,15 @@ class MoERuntime:
                 "copy.deepcopy of an expert-parallel model is not supported: the copy would share its experts with "
                 "the original. Load the second model with from_pretrained, or copy before the model is prepared."
             )
-        copied = MoERuntime(self.topology, self.dispatcher, self.backend, self.num_experts, self.collective_timeout)
+        copied = MoERuntime(
+            self.topology,
+            self.dispatcher,
+            self.backend,
+            self.num_experts,
+            self.collective_timeout,
+            self.chunks.wanted,
+            self.check_tokens,
+        )
         memo[id(self)] = copied
         return copied
 

@@ -61,10 +61,11 @@ class ChunkPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class AllToAllPlan:
-    """The plan of a forward: one entry a chunk."""
+    """The plan of a forward: one entry a chunk. most_tokens: that a rank of the group holds."""
 
     chunks: tuple[ChunkPlan, ...]
     num_local_experts: int
+    most_tokens: int
 
 
 class AllToAllDispatcher(TokenDispatcher):
@@ -90,8 +91,9 @@ class AllToAllDispatcher(TokenDispatcher):
         local = num_experts // self.ep_size
         parts = ids_TK.tensor_split(chunks)
         masks = [self._wanted(part, local) for part in parts]
-        # [ep, chunks, 2]: rows and pairs for each rank.
-        send = torch.stack([torch.stack([rows.sum(0), pairs.sum(0)], dim=1) for rows, pairs in masks], dim=1)
+        # [ep, chunks + 1, 2]: rows and pairs for each rank; last, how many tokens this rank has.
+        counts = [torch.stack([rows.sum(0), pairs.sum(0)], dim=1) for rows, pairs in masks]
+        send = torch.stack([*counts, torch.full_like(counts[0], ids_TK.size(0))], dim=1)
         receive = torch.empty_like(send)
         dist.all_to_all_single(receive, send, group=self.group)
         out, back = torch.stack([send, receive]).tolist()
@@ -101,7 +103,12 @@ class AllToAllDispatcher(TokenDispatcher):
             numbers = [tuple(side[r][i][j] for r in range(self.ep_size)) for side in (out, back) for j in (0, 1)]
             plans.append(self._plan_chunk(part, wanted, receive[:, i], first, local, *numbers))
             first += part.size(0)
-        return AllToAllPlan(chunks=tuple(plans), num_local_experts=local)
+        most_tokens = max(of_rank[-1][0] for of_rank in back)
+        return AllToAllPlan(chunks=tuple(plans), num_local_experts=local, most_tokens=most_tokens)
+
+    def most_tokens(self, plan: AllToAllPlan) -> int:
+        """Each rank's number comes with its counts."""
+        return plan.most_tokens
 
     def _wanted(self, ids_TK: Tensor, local: int) -> tuple[Tensor, Tensor]:
         """[T, ep] bool: does the rank need the token; [T, ep] int64: how many of its experts does the token want."""

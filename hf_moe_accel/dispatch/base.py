@@ -3,7 +3,7 @@
 [Note: launch is never wait]
 Every method that moves rows returns a `Pending`: the transfer is under way, and `wait()` is called just before the
 first use of its result. What may run between the two is the caller's choice, so the schedule lives in one place
-(`moe/forward`) and no dispatcher knows it.
+(`moe/overlap`) and no dispatcher knows it.
 """
 
 from __future__ import annotations
@@ -105,8 +105,16 @@ class TokenDispatcher(ABC):
         Args:
             ids_TK: [T, K] integer expert of each top-k slot, in [0, num_experts).
             num_experts: the experts of the model, E.
-            chunks: parts that the tokens are sent in; chunk i is the i-th of `Tensor.tensor_split`.
+            chunks: parts that the tokens are sent in; chunk i is the i-th of `Tensor.tensor_split`. The same number
+                on all ranks of the EP group.
         """
+
+    def most_tokens(self, plan: Any) -> int | None:
+        """The most tokens that a rank of the EP group holds, where making the plan has told all ranks; else None.
+
+        `overlap_chunks="auto"` cuts by it, and not at all without it.
+        """
+        return None
 
     @abstractmethod
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: Any, chunk: int) -> Pending[Dispatched]:

@@ -20,8 +20,8 @@ from hf_moe_accel.experts.base import (
     RowGrads,
     WeightGrads,
 )
+from hf_moe_accel.experts.common import as_in_out
 from hf_moe_accel.experts.grouped_mm import (
-    _as_in_out,
     _ends,
     _from_thin,
     _grad_from_thin,
@@ -66,7 +66,7 @@ class FusedBackend(ExpertBackend):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Gather, up, gate and weight, down, sum. Keeps the pre-activation, and the output before a post-norm."""
         ends_e = _ends(rows)
-        up_eDM, down_eID = _as_in_out(spec, weights)
+        up_eDM, down_eID = as_in_out(spec, weights)
         up_bias, down_bias = _biases(weights, rows)
         h_RM, up_thin = _linear(self._gather(rows.x_ND, rows.row_of_R), up_eDM, weights.up_lora, ends_e)
         if spec.post_norm is None:
@@ -97,7 +97,7 @@ class FusedBackend(ExpertBackend):
     ) -> RowGrads:
         """Down, gate and weight, up, sum."""
         ends_e = _ends(rows)
-        up_eDM, down_eID = _as_in_out(spec, weights)
+        up_eDM, down_eID = as_in_out(spec, weights)
         up_bias, down_bias = _biases(weights, rows)
         num_thin = _num_thin(weights)
         thin, (h_RM, *outputs) = saved[:num_thin], saved[num_thin:]

@@ -9,14 +9,15 @@ from typing import Any
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_moe_accel.log import warn_once
-from hf_moe_accel.moe.replay import keep_exchanges
+from hf_moe_accel.moe.replay import compare_routing, keep_exchanges
 
 
 def keep_exchanges_when_checkpointing(model: Any) -> None:
     """From now on, each forward pass in training looks whether checkpointing is on, and has it keep the exchanges.
 
-    Reentrant checkpointing knows no contexts: it routes and sends again. A `context_fn` of the user wins, with a
-    warning, and does so as well.
+    Reentrant checkpointing knows no contexts: it routes and sends again, and raises where that chooses other experts.
+    A `context_fn` of the user wins, with a warning: its recompute sends again as well, without that comparison, whose
+    operations would not be those that selective checkpointing has noted.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     model.register_forward_pre_hook(functools.partial(_hook, layers))
@@ -27,7 +28,10 @@ def _hook(layers: Sequence[Any], model: Any, args: Any) -> None:
         if not (layer.training and layer.gradient_checkpointing):
             continue
         function = layer._gradient_checkpointing_func
-        if not isinstance(function, functools.partial) or function.keywords.get("use_reentrant", True):
+        if not isinstance(function, functools.partial) or function.func is compare_routing:
+            continue
+        if function.keywords.get("use_reentrant", True):
+            layer._gradient_checkpointing_func = functools.partial(compare_routing, function)
             continue
         chosen = function.keywords.get("context_fn")
         if chosen is None:

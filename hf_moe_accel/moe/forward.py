@@ -1,4 +1,4 @@
-"""The token path: dispatch, compute, combine, and the one autograd.Function that orders them in both directions.
+"""The token path: dispatch, compute, combine, in the one autograd.Function; `moe/overlap` orders them in chunks.
 
     ids_TK ---plan--->  who sends what (the one host sync)
     x_TD, weights_TK ---dispatch--->  x_ND, weights_R by expert ---experts--->  y_ND ---combine--->  out_TD
@@ -24,7 +24,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_moe_accel.dispatch.base import TokenDispatcher
-from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads, RowGrads, Scalings
+from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads, Scalings
+from hf_moe_accel.moe.check import check_tokens
+from hf_moe_accel.moe.overlap import (
+    ChunkChoice,
+    LayerPass,
+    compute_again,
+    send_and_compute,
+    send_and_compute_backward,
+)
 from hf_moe_accel.moe.replay import Exchange, current_region
 from hf_moe_accel.moe.stats import RoutingStats
 
@@ -35,6 +43,8 @@ class Runtime(Protocol):
     dispatcher: TokenDispatcher
     backend: ExpertBackend
     stats: RoutingStats
+    chunks: ChunkChoice
+    check_tokens: bool
 
     def step_of(self, layer: int, *, again: bool) -> int:
         """The number of the running forward pass; called once a layer, and `again` in a recompute."""
@@ -108,33 +118,33 @@ class _TokenPath(torch.autograd.Function):
         weights_TK: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
-        dispatcher, backend = runtime.dispatcher, runtime.backend
-        weights = _cast(parameters, dtype, scalings)
+        dispatcher = runtime.dispatcher
         region = current_region()
         again = region is not None and region.recomputes
+        # Reentrant checkpointing runs its first pass without gradients.
+        counts = (counts or region is not None) and not again
         if not dispatcher.moves_rows:
             region = None
         kept = None if region is None else region.replay(ids_TK)
         step = runtime.step_of(layer, again=again)
+        if runtime.check_tokens:
+            check_tokens(x_TD, ids_TK, spec.num_experts, f"step {step}, layer {layer}")
+        call = LayerPass(spec, runtime, layer, step, _cast(parameters, dtype, scalings))
         if kept is not None:
             plan, rows = kept.plan, kept.rows
-            _, saved = backend.forward(spec, weights, rows)
+            saved = compute_again(call, rows)
             out_TD = kept.out_TD.clone()
         else:
-            if counts and not again:
+            if counts:
                 runtime.stats.add(layer, ids_TK)
+            chunks = runtime.chunks.of(layer, dispatcher)
             with runtime.waiting(step, layer, "forward, plan"):
-                plan = dispatcher.plan(ids_TK, spec.num_experts)
-            sending = dispatcher.dispatch(x_TD.to(dtype), weights_TK, plan, 0)
-            with runtime.waiting(step, layer, "forward, dispatch"):
-                rows = sending.wait()
-            y_ND, saved = backend.forward(spec, weights, rows)
-            returning = dispatcher.combine(y_ND, plan, 0)
-            with runtime.waiting(step, layer, "forward, combine"):
-                out_TD = returning.wait().to(x_TD.dtype)
+                plan = dispatcher.plan(ids_TK, spec.num_experts, chunks)
+            runtime.chunks.learn(dispatcher.most_tokens(plan))
+            y_TD, rows, saved = send_and_compute(call, x_TD.to(dtype), weights_TK, plan, chunks)
+            out_TD = y_TD.to(x_TD.dtype)
             if region is not None:
-                # A copy: the model may write into what it gets.
-                region.keep(Exchange(ids_TK, plan, rows, out_TD.clone()))
+                region.keep(ids_TK, Exchange(plan, rows, out_TD))
 
         tensors, skeleton = _take_tensors((plan, rows, saved))
         ctx.save_for_backward(*tensors, *parameters)
@@ -146,29 +156,27 @@ class _TokenPath(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         spec, runtime, layer, step, dtype, scalings, skeleton, num_tensors = ctx.call
-        dispatcher, backend = runtime.dispatcher, runtime.backend
         kept = ctx.saved_tensors
         parameters = kept[num_tensors:]
         plan, rows, saved = _put_tensors(skeleton, iter(kept[:num_tensors]))
-        weights = _cast(parameters, dtype, scalings)
+        call = LayerPass(spec, runtime, layer, step, _cast(parameters, dtype, scalings))
         need_x, _, need_routing, *train = ctx.needs_input_grad[6:]
-        needs = NeededGrads.of(train, len(weights.up_lora))
-
         with torch.autocast(grad_TD.device.type, enabled=False):
-            sending = dispatcher.combine_backward(grad_TD.to(dtype).contiguous(), plan, 0)
-            with runtime.waiting(step, layer, "backward, combine"):
-                grad_ND = sending.wait()
-            grads: RowGrads = backend.backward_rows(
-                spec, weights, rows, saved, grad_ND, need_x=need_x, need_routing=need_routing
+            grad_x_TD, grad_weights_TK, of_weights = send_and_compute_backward(
+                call,
+                grad_TD.to(dtype).contiguous(),
+                plan,
+                rows,
+                saved,
+                NeededGrads.of(train, len(call.weights.up_lora)),
+                tuple(None if p is None else p.dtype for p in parameters),
+                need_x=need_x,
+                need_routing=need_routing,
             )
-            returning = dispatcher.dispatch_backward(grads.x_ND, grads.weights_R, plan, 0, rows)
-            of_weights = backend.backward_weights(spec, weights, rows, grads, needs)
-            with runtime.waiting(step, layer, "backward, dispatch"):
-                grad_x_TD, grad_weights_TK = returning.wait()
             if of_weights.post_norm is not None:
                 # The experts share this weight, so its gradient has a part on every rank of the EP group.
                 with runtime.waiting(step, layer, "backward, post-norm"):
-                    of_weights = of_weights._replace(post_norm=dispatcher.sum_over_ep(of_weights.post_norm))
+                    of_weights = of_weights._replace(post_norm=runtime.dispatcher.sum_over_ep(of_weights.post_norm))
         x_dtype, routing_dtype = ctx.dtypes
         return (
             *(None,) * 6,

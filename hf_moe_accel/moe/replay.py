@@ -3,10 +3,14 @@
 A checkpointed region keeps, of each MoE layer in it, the plan, the received rows and the layer's output; the backward
 pass computes the rest again from them. That costs the memory of the received rows, and saves every transfer of the
 recompute. Handed to `torch.utils.checkpoint` as its `context_fn` (non-reentrant checkpointing only).
+
+Reentrant checkpointing has no contexts: its recompute routes and sends again, and the region keeps the routing alone,
+to raise if the recompute chooses other experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
@@ -17,49 +21,60 @@ from hf_moe_accel.ops.permutation import Dispatched
 
 
 class Exchange(NamedTuple):
-    """One layer's exchange. ids_TK: [T, K] the routing; out_TD: [T, D] what the layer returned."""
+    """One layer's exchange. rows: of each chunk; out_TD: [T, D] what the layer returned."""
 
-    ids_TK: Tensor
     plan: Any
-    rows: Dispatched
+    rows: tuple[Dispatched, ...]
     out_TD: Tensor
 
 
 class Region:
-    """The exchanges of one checkpointed region, in order."""
+    """What is kept of the layers of one checkpointed region, in order.
 
-    def __init__(self) -> None:
+    Args:
+        keeps_rows: whether whole exchanges are kept, so that a recompute sends nothing; else the routing alone.
+    """
+
+    def __init__(self, *, keeps_rows: bool = True) -> None:
         """Keep nothing yet."""
-        self._kept: list[Exchange] = []
+        self._keeps_rows = keeps_rows
+        self._ids: list[Tensor] = []
+        self._exchanges: list[Exchange] = []
         self._next: int | None = None
 
     @property
     def recomputes(self) -> bool:
-        """Whether this pass over the region is the recompute."""
+        """Whether this pass over the region is a recompute."""
         return self._next is not None
 
-    def keep(self, exchange: Exchange) -> None:
-        """Record, in the forward pass."""
-        self._kept.append(exchange)
+    def keep(self, ids_TK: Tensor, exchange: Exchange) -> None:
+        """Record a layer, in the forward pass; nothing in a recompute."""
+        if self.recomputes:
+            return
+        self._ids.append(ids_TK)
+        if self._keeps_rows:
+            # A copy: the model may write into what it gets.
+            self._exchanges.append(exchange._replace(out_TD=exchange.out_TD.clone()))
 
     def replay(self, ids_TK: Tensor) -> Exchange | None:
-        """The exchange of the next layer, in the recompute; None in the forward pass.
+        """The exchange of the next layer, in a recompute; None in the forward pass, or where none is kept.
 
         Raises:
             RuntimeError: the recompute routed differently than the forward pass.
         """
         if self._next is None:
             return None
-        exchange = self._kept[self._next]
+        index = self._next
         self._next += 1
-        if not torch.equal(exchange.ids_TK, ids_TK):
-            changed = int((exchange.ids_TK != ids_TK).any(dim=1).sum())
+        before_TK = self._ids[index]
+        if not torch.equal(before_TK, ids_TK):
+            changed = int((before_TK != ids_TK).any(dim=1).sum())
             raise RuntimeError(
                 f"activation checkpointing: {changed} of {ids_TK.size(0)} tokens chose other experts in the recompute "
                 "than in the forward pass, so their gradients would be wrong. The layers before the router must "
                 "compute the same twice: check for randomness outside PyTorch's generators, or turn checkpointing off."
             )
-        return exchange
+        return self._exchanges[index] if self._keeps_rows else None
 
     def start(self, next_exchange: int | None) -> None:
         """Begin a pass over the region: None records, 0 replays."""
@@ -95,3 +110,21 @@ def keep_exchanges() -> tuple[_Inside, _Inside]:
     """A `context_fn` for `torch.utils.checkpoint.checkpoint`: contexts for the forward pass and for the recompute."""
     region = Region()
     return _Inside(region, None), _Inside(region, 0)
+
+
+def compare_routing(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`checkpoint(function, *args, **kwargs)`, which raises if a recompute routes differently than the forward pass.
+
+    For reentrant checkpointing, which has no contexts. The ids live with the function that is checkpointed, as long as
+    the graph does.
+    """
+    region = Region(keeps_rows=False)
+    passes = 0
+
+    def watched(*inputs: Any, **options: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        with _Inside(region, None if passes == 1 else 0):
+            return function(*inputs, **options)
+
+    return checkpoint(watched, *args, **kwargs)

@@ -88,7 +88,7 @@ def test_accumulation_keeps_micro_batches_apart() -> None:
         assert_close(kept["grads"], plain["grads"], "training")
 
 
-def reroute() -> None:
+def reroute(use_reentrant: bool) -> None:
     """A model whose router chooses anew in the recompute."""
     chosen = replay.Region.replay
 
@@ -97,11 +97,12 @@ def reroute() -> None:
 
     replay.Region.replay = changed  # type: ignore[method-assign]
     try:
-        gradients({"use_reentrant": False})
+        gradients({"use_reentrant": use_reentrant})
     finally:
         replay.Region.replay = chosen  # type: ignore[method-assign]
 
 
-def test_a_recompute_that_routes_differently_raises() -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recompute_that_routes_differently_raises(use_reentrant: bool) -> None:
     with pytest.raises(RanksError, match="chose other experts in the recompute"):
-        run_ranks(reroute, 2)
+        run_ranks(reroute, 2, use_reentrant)

@@ -70,7 +70,7 @@ def test_backend_equals_eager(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", lora_contract.CASES)
-@pytest.mark.parametrize("name", ["eager", *lora_contract.ON_ACCELERATORS])
+@pytest.mark.parametrize("name", lora_contract.ON_ACCELERATORS)
 def test_lora_equals_merged_weights(name: str, case: Case) -> None:
     lora_contract.check_equals_merged_weights(name, case, "cuda")
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig
+from hf_moe_accel.dispatch.all_to_all import AllToAllDispatcher
 from tests.helpers.loops import load_checkpoint
-from tests.helpers.models import TRAINED_MOE, ragged_batch_dataset, tiny_model
+from tests.helpers.models import TRAINED_MOE, ragged_batch_dataset, tiny_config, tiny_model
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import assert_close
 from tests.helpers.trajectories import trajectory_arguments
@@ -81,6 +83,57 @@ def test_training_equals_plain_trainer(name: str, layout: str, baseline_dir: Pat
     actual = run_ranks(train_ours, world_size, name, str(tmp_path), world_size, config, init=False)
     assert all(values == actual[0] for values in actual), "the ranks disagree"
     assert_close(actual[0], expected, "training")
+    assert_same_checkpoint(tmp_path / "final", baseline_dir / name / "final")
+
+
+def train_counting(
+    name: str, output_dir: str, world_size: int, config: dict[str, Any], **arguments: Any
+) -> tuple[Any, int]:
+    """Also the number of transfers of rows."""
+    sent = []
+    exchange = AllToAllDispatcher._exchange
+    with patch.object(AllToAllDispatcher, "_exchange", lambda *args: sent.append(1) or exchange(*args)):
+        return train_ours(name, output_dir, world_size, config, **arguments), len(sent)
+
+
+FORWARD, BACKWARD = 3, 3  # transfers of a layer and chunk: rows, their weights and numbers, results; gradients of each
+RECOMPUTES = {
+    "kept": (0, {}),
+    "non-reentrant": (0, {"activation_checkpointing_kwargs": {"use_reentrant": False}}),
+    "reentrant": (FORWARD, {"activation_checkpointing_kwargs": {"use_reentrant": True}}),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "chunks", "recompute"),
+    [
+        ("2 ranks, ep 2", 2, "kept"),
+        ("2 ranks, ep 2", 4, "non-reentrant"),
+        ("2 ranks, ep 2", 2, "reentrant"),
+        ("4 ranks, ep 4", 2, "non-reentrant"),
+        pytest.param("2 ranks, ep 2", 1, "non-reentrant", marks=pytest.mark.slow),
+        pytest.param("2 ranks, ep 2", 1, "reentrant", marks=pytest.mark.slow),
+        pytest.param("2 ranks, ep 2", 4, "kept", marks=pytest.mark.slow),
+        pytest.param("4 ranks, ep 4", 4, "kept", marks=pytest.mark.slow),
+        pytest.param("4 ranks, ep 4", 4, "reentrant", marks=pytest.mark.slow),
+        pytest.param("4 ranks, ep 2, efsdp 2", 4, "non-reentrant", marks=pytest.mark.slow),
+    ],
+)
+def test_training_in_chunks_equals_plain_trainer(
+    layout: str, chunks: int, recompute: str, baseline_dir: Path, tmp_path: Path
+) -> None:
+    world_size, config = LAYOUTS[layout]
+    name = "qwen3_moe"
+    again, arguments = RECOMPUTES[recompute]
+    expected = baseline(name, baseline_dir / name)
+    config = config | {"overlap_chunks": chunks}
+    arguments = arguments | {"activation_checkpointing": recompute != "kept"}
+    actual = run_ranks(train_counting, world_size, name, str(tmp_path), world_size, config, init=False, **arguments)
+    layers = tiny_config(name).num_hidden_layers
+    transfers = STEPS * ACCUMULATION * layers * chunks * (FORWARD + BACKWARD + again)
+    assert [sent for _, sent in actual] == [transfers] * world_size
+    assert all(values == actual[0][0] for values, _ in actual), "the ranks disagree"
+    assert_close(actual[0][0], expected, "training")
     assert_same_checkpoint(tmp_path / "final", baseline_dir / name / "final")
 
 

@@ -46,10 +46,10 @@ def test_parses_beside_other_configurations(parser_class: Any, other: Any, tmp_p
     parser = parser_class((other, MoEAccelConfig))
     common = ["--output_dir", str(tmp_path), *ON_CPU]
     ours = ["--ep_size", "4", "--dp-replicate-size", "2", "--token_dispatcher", "all_to_all"]
-    ours += ["--expert_backend", "eager", "--collective_timeout", "12.5"]
+    ours += ["--expert_backend", "eager", "--collective_timeout", "12.5", "--overlap_chunks", "2", "--check_tokens"]
     args, config = parser.parse_args_into_dataclasses([*common, *ours])
-    assert config == MoEAccelConfig(4, 2, "all_to_all", "eager", 12.5)
-    assert type(config.ep_size) is int
+    assert config == MoEAccelConfig(4, 2, "all_to_all", "eager", 12.5, overlap_chunks=2, check_tokens=True)
+    assert type(config.ep_size) is type(config.overlap_chunks) is int
     assert args.output_dir == str(tmp_path)
     _, config = parser.parse_args_into_dataclasses(common)
     assert config == MoEAccelConfig()
@@ -68,15 +68,17 @@ def test_parses_beside_all_that_a_trl_script_parses(tmp_path: Path) -> None:
     assert config.ep_size == "auto"
 
 
+@pytest.mark.parametrize("field", ["ep_size", "overlap_chunks"])
 @pytest.mark.parametrize(("value", "parsed"), [("auto", "auto"), (None, "auto"), (1, 1), (8, 8), ("8", 8)], ids=repr)
-def test_ep_size(value: Any, parsed: Any) -> None:
-    assert MoEAccelConfig(ep_size=value).ep_size == parsed
+def test_auto_or_a_number(field: str, value: Any, parsed: Any) -> None:
+    assert getattr(MoEAccelConfig(**{field: value}), field) == parsed
 
 
 @pytest.mark.parametrize("value", [0, -1, "0", "-2", "four", "", "2.0", 2.5, 2.0, math.nan, True, [2]], ids=repr)
-def test_ep_size_that_is_no_number_of_ranks(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"ep_size=.* must be 'auto' or a whole number of ranks, 1 or more"):
-        MoEAccelConfig(ep_size=value)
+@pytest.mark.parametrize(("field", "of_what"), [("ep_size", "ranks"), ("overlap_chunks", "parts")])
+def test_neither_auto_nor_a_number(field: str, of_what: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{field}=.* must be 'auto' or a whole number of {of_what}, 1 or more"):
+        MoEAccelConfig(**{field: value})
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5], ids=repr)

@@ -71,7 +71,14 @@ def test_preparing_again_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     "choice",
-    [{"ep_size": 2}, {"dp_replicate_size": 2}, {"token_dispatcher": "all_to_all"}, {"expert_backend": "eager"}],
+    [
+        {"ep_size": 2},
+        {"dp_replicate_size": 2},
+        {"token_dispatcher": "all_to_all"},
+        {"expert_backend": "eager"},
+        {"overlap_chunks": 2},
+        {"check_tokens": True},
+    ],
 )
 def test_other_choices_for_a_prepared_model_are_refused(choice: dict[str, Any]) -> None:
     model = prepare_moe_model(tiny_model("qwen3_moe"))
