@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_moe_accel.dispatch.deepep import DeepEPDispatcher
 from hf_moe_accel.ops import deep_ep as library
 
 VERSIONS = ("v1", "v2")
@@ -50,6 +51,7 @@ def installed(version: str) -> Iterator[Record]:
     with (
         mock.patch.dict(sys.modules, {"deep_ep": module(version, record)}),
         mock.patch.object(library, "why_not_device", lambda device: None),
+        mock.patch.object(DeepEPDispatcher, "device_types", None),
     ):
         yield record
     assert record.alive == [], "a DeepEP buffer was not destroyed before the process group"

@@ -157,8 +157,7 @@ def test_auto_takes_deepep_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> N
         assert setup.dispatcher == "all_to_all"
         assert "deepep: DeepEP sums rows in bf16 only" in "".join(setup.notes)
     setup = set_up(monkeypatch, torch.bfloat16)
-    assert setup.dispatcher == "all_to_all"
-    assert "deepep: DeepEP needs CUDA devices, and this run is on cpu" in setup.notes
+    assert setup.dispatcher == "all_to_all" and not setup.notes  # on a CPU there is nothing to explain
 
 
 def test_deepep_is_honoured_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
