@@ -146,7 +146,9 @@ class AcceleratedMoEMixin(CheckpointMixin):
             from hf_moe_accel.hf.peft_bridge import adapter_config, why_not_after_sharding
 
             config = arguments["peft_config"] = adapter_config(structure, arguments["peft_config"])
-            reads_whole |= why_not_after_sharding(config, found) is not None
+            # PEFT copies the head of a classifier, unasked.
+            copies_head = getattr(config, "task_type", None) in ("SEQ_CLS", "TOKEN_CLS")
+            reads_whole |= copies_head or why_not_after_sharding(config, found) is not None
         if setup.topology.world_size > 1 and not reads_whole:
             # Accelerate makes the process group, with the arguments' backend and timeout, before transformers would.
             _ = training_args.device
@@ -190,7 +192,11 @@ class AcceleratedMoEMixin(CheckpointMixin):
 
     @ref_model.setter
     def ref_model(self, model: Any) -> None:
+        first = model is not None and runtime_of(model) is None
         self._reference = model if model is None else self._prepare_model(model, like=self.model)
+        if first and self._is_distributed and getattr(self.args, "sync_ref_model", False):
+            # TRL writes into its parameters after a step, which must be those that FSDP2 gathers from.
+            model.register_forward_hook(lambda *_: reshard(model))
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A fresh model for a run or a trial, prepared; the one before gives back what it holds."""

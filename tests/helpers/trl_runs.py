@@ -70,11 +70,12 @@ def write_inputs(directory: Path, name: str = "qwen3_moe", **overrides: Any) -> 
     for folder, seed in (("model", 0), ("other", 1)):
         tiny_model(name, seed, **overrides).save_pretrained(directory / folder)
         tokenizer.save_pretrained(directory / folder)
-    base = tiny_model(name, **overrides)
-    judge = AutoModelForSequenceClassification.from_config(tiny_config(name, num_labels=1, **overrides))
-    judge.load_state_dict(base.state_dict(), strict=False)
-    judge.save_pretrained(directory / "judge")
-    tokenizer.save_pretrained(directory / "judge")
+    # Not every architecture has one.
+    if name == "qwen3_moe":
+        judge = AutoModelForSequenceClassification.from_config(tiny_config(name, num_labels=1, **overrides))
+        judge.load_state_dict(tiny_model(name, **overrides).state_dict(), strict=False)
+        judge.save_pretrained(directory / "judge")
+        tokenizer.save_pretrained(directory / "judge")
     for kind, row_of in ROW_OF.items():
         (directory / f"{kind}.jsonl").write_text("".join(json.dumps(row_of(i)) + "\n" for i in range(ROWS)))
 
