@@ -9,9 +9,10 @@ import pytest
 from peft import get_peft_model
 
 from tests.helpers.adapters import config, draw_factors
+from tests.helpers.models import toy_tokenizer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import assert_close
-from tests.helpers.trl_runs import loaded, other, run, write_inputs
+from tests.helpers.trl_runs import data, loaded, other, run, write_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -68,3 +69,51 @@ def test_equals_stock_trl(case: str, inputs: str) -> None:
         # KTO pairs the rows of a rank's batch to estimate its KL.
         if kind != "KTO":
             assert_close(*map(without_padding, (log, single)), "training", "two ranks against one")
+
+
+def streamed(directory: str) -> Any:
+    return data(directory, "texts", streaming=True)
+
+
+def held_out(directory: str) -> Any:
+    return data(directory, "texts").select(range(6))
+
+
+def with_generation_markers(directory: str) -> Any:
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] }} {% endgeneration %}"
+        "{% else %}{{ message['content'] }} {% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "packing": {"packing": True, "max_length": 24},
+    "wrapped packing": {"packing": True, "packing_strategy": "wrapped", "max_length": 24},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "completion-only": {"name": "completions"},
+    "assistant-only": {
+        "name": "chats",
+        "assistant_only_loss": True,
+        "options": {"processing_class": with_generation_markers},
+    },
+    "dft loss": {"loss_type": "dft"},
+    "streaming": {"options": {"train_dataset": streamed}},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "auxiliary loss": {"router_aux_loss_coef": 0.01},
+    "selective checkpointing": {"gradient_checkpointing_kwargs": {"selective": True}},
+    "no checkpointing": {"gradient_checkpointing": False},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "options": {"eval_dataset": held_out}},
+    "frozen experts": {"options": {"peft_config": config(target_parameters=None)}},
+    "adapters that are copied whole": {"options": {"peft_config": config(modules_to_save=["embed_tokens"])}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_arguments_of_sft(variant: str, inputs: str) -> None:
+    options = {"learning_rate": 1e-3} | VARIANTS[variant]
+    stock, _ = run_ranks(run, 2, "SFT", False, inputs, **options, init=False)
+    for log in run_ranks(run, 2, "SFT", True, inputs, **options, init=False):
+        assert_close(log, stock, "training")

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import datasets
@@ -119,12 +120,12 @@ def make(
         "report_to": [],
         "disable_tqdm": True,
     }
-    options = {key: value(directory) if callable(value) else value for key, value in (options or {}).items()}
-    if "train_dataset" not in options:
-        options["train_dataset"] = data(directory, name or DATA_OF[kind])
+    options = {"train_dataset": data(directory, name or DATA_OF[kind]), "processing_class": toy_tokenizer()} | {
+        key: value(directory) if isinstance(value, FunctionType) else value for key, value in (options or {}).items()
+    }
     trainer_class = getattr(hf_moe_accel, f"AcceleratedMoE{kind}Trainer") if ours else getattr(trl, f"{kind}Trainer")
     args = config(**(defaults | arguments))
-    return trainer_class(load(source) if load else source, args=args, processing_class=toy_tokenizer(), **options)
+    return trainer_class(load(source) if load else source, args=args, **options)
 
 
 def run(*args: Any, after: Callable[[Any], Any] | None = None, **kwargs: Any) -> Any:
