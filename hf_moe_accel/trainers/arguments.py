@@ -81,7 +81,10 @@ def _of_any_run(args: Any) -> Iterator[tuple[str, str]]:
         yield "use_liger_kernel=True", "it replaces the forward of the experts, and with it the exchange of tokens"
     # TRL's own arguments are not there on others'.
     if getattr(args, "use_vllm", False):
-        yield "use_vllm=True", "handing weights and adapters of experts to vLLM is not there yet; transformers generates"
+        yield (
+            "use_vllm=True",
+            "handing weights and adapters of experts to vLLM is not there yet; transformers generates",
+        )
     if args.enable_jit_checkpoint:
         yield (
             "enable_jit_checkpoint=True",

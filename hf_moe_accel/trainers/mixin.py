@@ -167,7 +167,9 @@ class AcceleratedMoEMixin(CheckpointMixin):
         if runtime_of(model) is None and choose_setup(base, find_experts(base), self.moe_config) is None:
             return model
         refuse_arguments(self.args)
-        prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=_keeps_masters(base.dtype, self.args), like=like)
+        prepare_moe_model(
+            model, self.moe_config, fsdp_mixed_precision=_keeps_masters(base.dtype, self.args), like=like
+        )
         return model
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -304,7 +306,7 @@ class _TrialEnded(Exception):
 
 
 def _keeps_masters(dtype: Any, args: Any) -> bool:
-    """Whether weights of a dtype train in bf16 from fp32, be it asked for by the arguments or by `accelerate launch`."""
+    """Whether weights of a dtype are fp32 masters of bf16, asked for by the arguments or by `accelerate launch`."""
     return args is not None and args.mixed_precision == "bf16" and dtype in (torch.float32, "float32")
 
 

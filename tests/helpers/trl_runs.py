@@ -43,6 +43,10 @@ def _chats(i: int) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": words(2 + (i + j) % 4, 7 * i + j)} for j, role in enumerate(roles)]}
 
 
+def _prompts(i: int) -> dict[str, Any]:
+    return {"prompt": words(3 + i % 4, i)}
+
+
 def _preferences(i: int) -> dict[str, Any]:
     return {
         "prompt": words(3 + i % 4, i) + " ",
@@ -61,8 +65,9 @@ ROW_OF: dict[str, Callable[[int], dict[str, Any]]] = {
     "chats": _chats,
     "preferences": _preferences,
     "judged": _judged,
+    "prompts": _prompts,
 }
-DATA_OF = {"SFT": "texts", "DPO": "preferences", "KTO": "judged", "Reward": "preferences"}
+DATA_OF = {"SFT": "texts", "DPO": "preferences", "KTO": "judged", "Reward": "preferences", "GRPO": "prompts"}
 
 
 def write_inputs(directory: Path, name: str = "qwen3_moe", **overrides: Any) -> None:
