@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from hf_moe_accel import AcceleratedMoESFTTrainer
+from hf_moe_accel import AcceleratedMoESFTTrainer, MoEAccelConfig
 from tests.helpers.adapters import config, draw_factors
 from tests.helpers.models import toy_tokenizer
 from tests.helpers.ranks import run_ranks
@@ -55,8 +55,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO, the reference is without the adapter": ("DPO", LORA),
     "DPO, the reference is a copy of the adapter": ("DPO", {"load": adapted}),
     "DPO, the reference is computed before": ("DPO", {"precompute_ref_log_probs": True}),
+    "DPO, without the adapter, computed before": ("DPO", LORA | {"precompute_ref_log_probs": True}),
     "DPO, the reference follows": ("DPO", {"sync_ref_model": True, "ref_model_sync_steps": 1}),
     "KTO": ("KTO", {}),
+    "KTO, a reference is given": ("KTO", {"options": {"ref_model": other}}),
+    "KTO, LoRA on experts": ("KTO", LORA),
     "KTO, the reference is computed before": ("KTO", {"precompute_ref_log_probs": True}),
     "Reward": ("Reward", {}),
     "Reward, LoRA on experts": ("Reward", {"options": {"peft_config": config(task_type="SEQ_CLS")}}),
@@ -79,12 +82,27 @@ def test_equals_stock_trl(case: str, inputs: str) -> None:
             assert_close(*map(without_padding, (log, single)), "training", "two ranks against one")
 
 
+@pytest.mark.parametrize("layout", [{"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}], ids=str)
+@pytest.mark.parametrize("case", ["DPO, the reference is implied", "DPO, the reference is computed before"])
+def test_layouts(case: str, layout: dict[str, Any], inputs: str) -> None:
+    kind, options = CASES[case]
+    options = {"learning_rate": 1e-3} | options
+    (single,) = run_ranks(run, 1, kind, False, inputs, **options)
+    options["options"] = {"moe_config": MoEAccelConfig(**layout)}
+    for log in run_ranks(run, 4, kind, True, inputs, **options, init=False):
+        assert_close(*map(without_padding, (log, single)), "training")
+
+
 def streamed(directory: str) -> Any:
     return data(directory, "texts", streaming=True)
 
 
 def held_out(directory: str) -> Any:
     return data(directory, "texts").select(range(6))
+
+
+def preferred(directory: str) -> Any:
+    return data(directory, "preferences").select(range(6))
 
 
 def with_generation_markers(directory: str) -> Any:
@@ -129,6 +147,48 @@ def test_arguments_of_sft(variant: str, inputs: str) -> None:
 
 def small_words(completions: list[str], **_: Any) -> list[float]:
     return [sum(int(word[1:]) < 60 for word in text.split() if word.startswith("w")) / 6 for text in completions]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"router_aux_loss_coef": 0.01},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "ld_alpha": 0.5},
+        {"gradient_accumulation_steps": 2, "precompute_ref_log_probs": True, "options": {"ref_model": other}},
+        {"eval_strategy": "steps", "eval_steps": 1, "options": {"eval_dataset": preferred}},
+    ],
+    ids=str,
+)
+def test_arguments_of_dpo(options: dict[str, Any], inputs: str) -> None:
+    options = {"learning_rate": 1e-3} | options
+    stock, _ = run_ranks(run, 2, "DPO", False, inputs, **options, init=False)
+    for log in run_ranks(run, 2, "DPO", True, inputs, **options, init=False):
+        assert_close(log, stock, "training")
+
+
+def streamed_unevenly(directory: str) -> Any:
+    return streamed(directory).take(29)
+
+
+def test_a_stream_that_ends_at_different_times(inputs: str) -> None:
+    options = {"options": {"train_dataset": streamed_unevenly}, "max_steps": 6, "per_device_train_batch_size": 1}
+    first, second = run_ranks(run, 2, "SFT", True, inputs, **options, gradient_accumulation_steps=4, init=False)
+    assert first == second and sum("loss" in entry for entry in first) == 6
+
+
+def with_more_tokens(directory: str) -> None:
+    """TRL takes over another model's template and tokens, for which the model grows before it is sharded."""
+    tokenizer = toy_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(f"{directory}/template")
+    trainer = make("SFT", True, directory, chat_template_path=f"{directory}/template", name="chats")
+    trainer.train()
+    assert trainer.model.get_input_embeddings().weight.shape[0] > 128
+    assert isinstance(trainer.model.get_input_embeddings().weight, DTensor)
+
+
+def test_a_chat_template_with_more_tokens(inputs: str) -> None:
+    run_ranks(with_more_tokens, 2, inputs, init=False)
 
 
 GENERATION: dict[str, Any] = {
