@@ -82,8 +82,14 @@ def test_equals_stock_trl(case: str, inputs: str) -> None:
             assert_close(*map(without_padding, (log, single)), "training", "two ranks against one")
 
 
-@pytest.mark.parametrize("layout", [{"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}], ids=str)
-@pytest.mark.parametrize("case", ["DPO, the reference is implied", "DPO, the reference is computed before"])
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        ("DPO, the reference is implied", {"ep_size": 2, "dp_replicate_size": 2}),
+        ("DPO, the reference is computed before", {"ep_size": 2}),
+    ],
+    ids=str,
+)
 def test_layouts(case: str, layout: dict[str, Any], inputs: str) -> None:
     kind, options = CASES[case]
     options = {"learning_rate": 1e-3} | options
