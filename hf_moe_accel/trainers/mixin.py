@@ -55,6 +55,7 @@ class AcceleratedMoEMixin(CheckpointMixin):
         model_init_kwargs = training_args.model_init_kwargs if loads_itself else None
         adopt_adapters(model)
         if isinstance(model, str | os.PathLike) and loads_itself:
+            bound.arguments["model"] = str(model)
             self._let_it_load(str(model), training_args, bound.arguments)
         elif isinstance(model, str | os.PathLike):
             wanted = peft_config or bound.arguments.get("peft_config")

@@ -37,8 +37,8 @@ class _TRLMixin(AcceleratedMoEMixin):
     def _training_arguments(self, model: Any, args: Any) -> Any:
         if args is None:
             # As the trainers do themselves, but before the model is read.
-            name = model if isinstance(model, str) else model.config._name_or_path
-            return self._arguments_class(f"{str(name).split('/')[-1]}-{self._name}")
+            name = model.config._name_or_path if isinstance(model, nn.Module) else str(model)
+            return self._arguments_class(f"{name.split('/')[-1]}-{self._name}")
         if isinstance(args, TrainingArguments) and not isinstance(args, self._arguments_class):
             return self._arguments_class(**(args.to_dict() | {"hub_token": args.hub_token}))
         return args

@@ -295,7 +295,7 @@ def default_arguments(directory: str, kind: str) -> tuple[str, Any]:
     given: Any = None
     if kind != "none":
         given = TrainingArguments(f"{directory}/plain", use_cpu=True, max_steps=1, report_to=[], learning_rate=3e-5)
-    trainer = AcceleratedMoESFTTrainer(f"{directory}/model", given, train_dataset=data(directory, "texts"))
+    trainer = AcceleratedMoESFTTrainer(Path(directory, "model"), given, train_dataset=data(directory, "texts"))
     assert isinstance(trainer.args, SFTConfig)
     return trainer.args.output_dir.rpartition("/")[2], (trainer.args.learning_rate, trainer.model.dtype)
 
