@@ -37,7 +37,7 @@ class _TRLMixin(AcceleratedMoEMixin):
     def _training_arguments(self, model: Any, args: Any) -> Any:
         if args is None:
             # As the trainers do themselves, but before the model is read.
-            name = model.config._name_or_path if isinstance(model, nn.Module) else str(model)
+            name = str(model.config._name_or_path if hasattr(model, "config") else model)
             return self._arguments_class(f"{name.split('/')[-1]}-{self._name}")
         if isinstance(args, TrainingArguments) and not isinstance(args, self._arguments_class):
             return self._arguments_class(**(args.to_dict() | {"hub_token": args.hub_token}))
