@@ -1,7 +1,8 @@
 """Fine-tune mixture-of-experts models with one changed import.
 
-`Trainer` -> `AcceleratedMoETrainer`, or transformers' `AutoModelForCausalLM` -> ours. Names load on first use, so that
-`import hf_moe_accel` costs nothing and has no side effect.
+`Trainer` -> `AcceleratedMoETrainer`, TRL's `SFTTrainer` -> `AcceleratedMoESFTTrainer` and so on, or transformers'
+`AutoModelForCausalLM` -> ours. Names load on first use, so that `import hf_moe_accel` costs nothing and has no side
+effect.
 """
 
 from __future__ import annotations
@@ -19,11 +20,23 @@ if TYPE_CHECKING:
     from hf_moe_accel.prepare import prepare_moe_model
     from hf_moe_accel.trainers.hf import AcceleratedMoETrainer
     from hf_moe_accel.trainers.mixin import AcceleratedMoEMixin
+    from hf_moe_accel.trainers.trl import (
+        AcceleratedMoEDPOTrainer,
+        AcceleratedMoEGRPOTrainer,
+        AcceleratedMoEKTOTrainer,
+        AcceleratedMoERewardTrainer,
+        AcceleratedMoESFTTrainer,
+    )
 
 __version__ = "0.1.0.dev0"
 
 _MODULE_OF = {
+    "AcceleratedMoEDPOTrainer": "trainers.trl",
+    "AcceleratedMoEGRPOTrainer": "trainers.trl",
+    "AcceleratedMoEKTOTrainer": "trainers.trl",
     "AcceleratedMoEMixin": "trainers.mixin",
+    "AcceleratedMoERewardTrainer": "trainers.trl",
+    "AcceleratedMoESFTTrainer": "trainers.trl",
     "AcceleratedMoETrainer": "trainers.hf",
     "AutoModelForCausalLM": "auto",
     "MoEAccelCallback": "callbacks.plugin",
@@ -38,7 +51,12 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "AcceleratedMoEDPOTrainer",
+    "AcceleratedMoEGRPOTrainer",
+    "AcceleratedMoEKTOTrainer",
     "AcceleratedMoEMixin",
+    "AcceleratedMoERewardTrainer",
+    "AcceleratedMoESFTTrainer",
     "AcceleratedMoETrainer",
     "AutoModelForCausalLM",
     "MoEAccelCallback",

@@ -27,7 +27,7 @@ if not Path("/dev/nvidiactl").exists():
 # Seconds that the tests below tests/<directory> may take together.
 BUDGETS = {"unit": 180, "distributed": 480, "checkpoints": 420, "trajectories": 300, "commands": 240}
 # Directories whose time counts towards another one's budget.
-SHARED_BUDGETS = {"integrations": "commands"}
+SHARED_BUDGETS = {"examples": "commands", "integrations": "commands"}
 DIRECTORY_MARKERS = {
     "checkpoints": "distributed",
     "distributed": "distributed",

@@ -79,6 +79,12 @@ def _of_any_run(args: Any) -> Iterator[tuple[str, str]]:
         yield "parallelism_config=...", _LAYOUT
     if args.use_liger_kernel:
         yield "use_liger_kernel=True", "it replaces the forward of the experts, and with it the exchange of tokens"
+    # TRL's own arguments are not there on others'.
+    if getattr(args, "use_vllm", False):
+        yield (
+            "use_vllm=True",
+            "handing weights and adapters of experts to vLLM is not there yet; transformers generates",
+        )
     if args.enable_jit_checkpoint:
         yield (
             "enable_jit_checkpoint=True",
@@ -101,6 +107,13 @@ def _of_several_ranks(args: Any) -> Iterator[tuple[str, str]]:
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):
             yield f"{name}=True", "FSDP2 keeps the dtype of its first forward pass; use bf16=True"
+    if getattr(args, "use_transformers_continuous_batching", False):
+        yield (
+            "use_transformers_continuous_batching=True",
+            "ranks would run different numbers of passes and wait for each other",
+        )
+    if getattr(args, "cast_lm_head_to_fp32", False):
+        yield "cast_lm_head_to_fp32=True", "it puts another weight in the place of the sharded one"
     if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
         yield "debug='underflow_overflow'", "it cannot print sharded weights"
     if args.optim in OPTIMIZERS:

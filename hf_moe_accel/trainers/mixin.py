@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
-from hf_moe_accel.auto import AutoModelForCausalLM
+from hf_moe_accel.auto import AutoModelForCausalLM, refuse_load_arguments
 from hf_moe_accel.config import MoEAccelConfig
 from hf_moe_accel.hf.discover import base_of, find_experts
-from hf_moe_accel.hf.loading import meta_model
-from hf_moe_accel.prepare import adopt_adapters, choose_setup, prepare_moe_model
+from hf_moe_accel.hf.loading import distributed_config, meta_model, reshard
+from hf_moe_accel.prepare import adopt_adapters, check_model, choose_setup, prepare_moe_model
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.trainers.agree import AgreeingLoader, agreed_count
 from hf_moe_accel.trainers.arguments import refuse_arguments
@@ -47,9 +47,17 @@ class AcceleratedMoEMixin(CheckpointMixin):
         signature = inspect.signature(super().__init__)
         peft_config = None if "peft_config" in signature.parameters else kwargs.pop("peft_config", None)
         bound = signature.bind_partial(*args, **kwargs)
-        model, training_args = bound.arguments.get("model"), bound.arguments.get("args")
+        model = bound.arguments.get("model")
+        training_args = self._training_arguments(model, bound.arguments.get("args"))
+        if training_args is not None:
+            bound.arguments["args"] = training_args
+        loads_itself = hasattr(training_args, "model_init_kwargs") and peft_config is None
+        model_init_kwargs = training_args.model_init_kwargs if loads_itself else None
         adopt_adapters(model)
-        if isinstance(model, str | os.PathLike):
+        if isinstance(model, str | os.PathLike) and loads_itself:
+            bound.arguments["model"] = str(model)
+            self._let_it_load(str(model), training_args, bound.arguments)
+        elif isinstance(model, str | os.PathLike):
             wanted = peft_config or bound.arguments.get("peft_config")
             model = bound.arguments["model"] = self._load(model, training_args, wanted)
         elif isinstance(model, nn.Module) and find_experts(model):
@@ -65,11 +73,14 @@ class AcceleratedMoEMixin(CheckpointMixin):
             bound.arguments["peft_config"] = adapter_config(model, bound.arguments["peft_config"])
         self._user_save_only_model: bool | None = None
         self._ended_epoch: Iterator[Any] | None = None
+        self._reference: Any = None
         try:
             super().__init__(*bound.args, **bound.kwargs)
         finally:
             if self._user_save_only_model is not None:
                 self.args.save_only_model = self._user_save_only_model
+            if loads_itself:
+                training_args.model_init_kwargs = model_init_kwargs
         self._check_optimizer()
         if self.moe_config.per_expert_adapter_on_save and hasattr(self.model, "peft_config"):
             from hf_moe_accel.hf.peft_bridge import check_per_expert
@@ -95,7 +106,7 @@ class AcceleratedMoEMixin(CheckpointMixin):
     def _load(self, source: str | os.PathLike[str], training_args: Any, peft_config: Any) -> Any:
         """The model of a hub id or path; arguments are refused before its weights are read."""
         structure = meta_model(AutoModelForCausalLM._auto_class, source, None)
-        masters = _keeps_masters(structure, training_args)
+        masters = _keeps_masters(structure.dtype, training_args)
         is_moe = choose_setup(structure, find_experts(structure), self.moe_config, mixed_precision=masters) is not None
         if is_moe:
             refuse_arguments(training_args)
@@ -111,11 +122,46 @@ class AcceleratedMoEMixin(CheckpointMixin):
                 return AutoModelForCausalLM._auto_class.from_pretrained(source, dtype="auto")
         return AutoModelForCausalLM.from_pretrained(source, moe_config=self.moe_config, fsdp_mixed_precision=masters)
 
+    def _training_arguments(self, model: Any, args: Any) -> Any:
+        """The arguments of the trainer; one with arguments of its own may make them here of none, or of others."""
+        return args
+
+    def _let_it_load(self, source: str, training_args: Any, arguments: dict[str, Any]) -> None:
+        """Have a trainer of TRL, which loads models by name itself, read this rank's slices only.
+
+        Its `args.model_init_kwargs` go to `from_pretrained`, those of an implied reference model as well.
+        """
+        kwargs = {"trust_remote_code": training_args.trust_remote_code} | (training_args.model_init_kwargs or {})
+        structure = meta_model(AutoModelForCausalLM._auto_class, source, None, **kwargs)
+        found = find_experts(structure)
+        # TRL reads models in fp32 unless told otherwise.
+        dtype = structure.dtype if "dtype" in kwargs else torch.float32
+        masters = _keeps_masters(dtype, training_args)
+        setup = choose_setup(structure, found, self.moe_config, mixed_precision=masters)
+        if setup is None:
+            return
+        refuse_arguments(training_args)
+        given = {"quantization_config": arguments.get("quantization_config")}
+        refuse_load_arguments(given | (training_args.model_init_kwargs or {}))
+        check_model(structure, setup.topology)
+        reads_whole = _changes_vocabulary(training_args)
+        if arguments.get("peft_config") is not None:
+            from hf_moe_accel.hf.peft_bridge import adapter_config, why_not_after_sharding
+
+            config = arguments["peft_config"] = adapter_config(structure, arguments["peft_config"])
+            reads_whole |= why_not_after_sharding(config, found) is not None
+        if setup.topology.world_size > 1 and not reads_whole:
+            # Accelerate makes the process group, with the arguments' backend and timeout, before transformers would.
+            _ = training_args.device
+            training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | {
+                "distributed_config": distributed_config(setup.topology, mixed_precision=masters)
+            }
+
     def _prepare_model(self, model: Any, like: Any = None) -> Any:
         """Prepare a model that training made or was given; does nothing to a dense one or one that is prepared."""
         adopt_adapters(model)
         base = base_of(model)
-        masters = _keeps_masters(base, self.args)
+        masters = _keeps_masters(base.dtype, self.args)
         if runtime_of(model) is None:
             if choose_setup(base, find_experts(base), self.moe_config, mixed_precision=masters) is None:
                 return model
@@ -128,15 +174,39 @@ class AcceleratedMoEMixin(CheckpointMixin):
         super().create_accelerator_and_postprocess()
         if self.model is not None:
             self._prepare_model(self.model)
+            if self._is_distributed and hasattr(self.args, "model_init_kwargs"):
+                # With these TRL loads a reference model that nobody gave: each rank its slices.
+                self.args.model_init_kwargs = (self.args.model_init_kwargs or {}) | {
+                    "distributed_config": base_of(self.model).config.distributed_config
+                }
         if self._user_save_only_model is None:
             # Trainer.__init__ raises for sharded models that would save their optimizer; ours puts the value back.
             self._user_save_only_model = self.args.save_only_model
             self.args.save_only_model |= self.model is None or self._moe_runtime is not None
 
+    @property
+    def ref_model(self) -> Any:
+        """The reference model of trainers that have one: prepared like the policy as soon as it is set."""
+        return self._reference
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        first = model is not None and runtime_of(model) is None
+        self._reference = model if model is None else self._prepare_model(model, like=self.model)
+        if first and self._is_distributed and getattr(self.args, "sync_ref_model", False):
+            # TRL writes into its parameters after a step, which must be those that FSDP2 gathers from.
+            model.register_forward_hook(lambda *_: reshard(model))
+
     def call_model_init(self, trial: Any = None) -> Any:
         """A fresh model for a run or a trial, prepared; the one before gives back what it holds."""
         self._close()
         return self._prepare_model(super().call_model_init(trial), like=self.model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the trainer, of the parameters that train: after a forward pass FSDP2 still shows gathered ones."""
+        if self.model is not None:
+            reshard(self.model)
+        return super().create_optimizer(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the trainer.
@@ -222,16 +292,22 @@ class AcceleratedMoEMixin(CheckpointMixin):
         return runtime is not None and runtime.topology.world_size > 1
 
     def _close(self) -> None:
-        runtime = self._moe_runtime
-        if runtime is not None:
-            runtime.close()
+        for model in (self.model, self._reference):
+            runtime = None if model is None else runtime_of(model)
+            if runtime is not None:
+                runtime.close()
 
 
 class _TrialEnded(Exception):
     """Rank 0's hyperparameter search ended the running trial."""
 
 
-def _keeps_masters(model: Any, args: Any) -> bool:
-    """Whether fp32 weights train in bf16, be it asked for by the arguments or by `accelerate launch`."""
-    wanted = args is not None and args.mixed_precision == "bf16"
-    return wanted and next(model.parameters()).dtype == torch.float32
+def _keeps_masters(dtype: Any, args: Any) -> bool:
+    """Whether weights of a dtype are fp32 masters of bf16, asked for by the arguments or by `accelerate launch`."""
+    return args is not None and args.mixed_precision == "bf16" and dtype in (torch.float32, "float32")
+
+
+def _changes_vocabulary(args: Any) -> bool:
+    """Whether a trainer of TRL will add another model's tokens, which a sharded model cannot take up."""
+    template = getattr(args, "chat_template_path", None)
+    return template is not None and not os.path.isfile(template)

@@ -55,5 +55,5 @@ def test_it_adds_what_merging_adds(name: str, more: dict[str, Any], world_size: 
 
 
 def test_stacked_experts_of_the_hub_have_no_names(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="for all experts together"):
+    with pytest.raises(ValueError, match="for all experts of GptOssForCausalLM together"):
         export_adapter(Adapted("gpt_oss")(), tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -19,6 +19,13 @@ class _Around(TokenDispatcher):
     def __init__(self, inner: TokenDispatcher) -> None:
         """`inner` does the work."""
         self._inner = inner
+
+    @classmethod
+    def create(cls, group: Any, traffic: Any) -> Self:
+        raise NotImplementedError("made around another dispatcher")
+
+    def close(self) -> None:
+        self._inner.close()
 
     def plan(self, ids_TK: Tensor, num_experts: int, chunks: int = 1) -> Any:
         return self._inner.plan(ids_TK, num_experts, chunks)

@@ -167,6 +167,8 @@ def why_not_after_sharding(config: Any, found: Sequence[FoundExperts]) -> str | 
     for name in ("modules_to_save", "trainable_token_indices", "layer_replication"):
         if getattr(config, name, None):
             return f"{name}={getattr(config, name)}"
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        return f"task_type={config.task_type!r}, for which PEFT copies the head,"
     if config.init_lora_weights not in (True, False, "gaussian"):
         return f"init_lora_weights={config.init_lora_weights!r}"
     for option in config.__dataclass_fields__.values():
