@@ -120,7 +120,10 @@ CASES = grid(
         "world_size": (2, 4),
         "chunks": (1, 2, 3, 4),  # some ranks of some of these cases have fewer tokens
     },
-    valid=lambda case: comparable_on_cpu(case["backend"], case["dtype"]),
+    # Triton's interpreter takes its time: four ranks of it show no more than two.
+    valid=lambda case: (
+        comparable_on_cpu(case["backend"], case["dtype"]) and (case["backend"] != "fused" or case["world_size"] == 2)
+    ),
 )
 
 
@@ -237,7 +240,10 @@ FSDP_CASES = grid(
         "chunks": (1, 3),
     },
     # Rounding to bf16 carries values over the edges of the clamp, where its gradient jumps.
-    valid=lambda case: not (case["mixed_precision"] and (case["kind"] == "gpt_oss" or case["backend"] == "fused")),
+    valid=lambda case: (
+        not (case["mixed_precision"] and (case["kind"] == "gpt_oss" or case["backend"] == "fused"))
+        and (case["backend"] != "fused" or case["layout"] == "ep 2")
+    ),
 )
 
 
