@@ -3,11 +3,15 @@
 Kept for backward: the received rows, the pre-activation without its bias, and LoRA's thin products. Gates are computed
 in fp32, times the routing weight, and rounded once. A down bias does not keep the weight from going onto the
 activation: `w * (a @ W + b)` is `(w * a) @ W + w * b`, and the sum by row adds `w * b`. Only a post-norm does.
+
+What adapters add is never a pass of its own: the gate's kernels compute it for the pre-activation (forward and
+backward, so it is kept without) and for the activation's gradient, and the sum by row takes it as a second operand.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +41,8 @@ from hf_moe_accel.ops.gates import GateFormula, find_formula
 from hf_moe_accel.ops.grouped_mm import grouped_linear, grouped_outer
 from hf_moe_accel.ops.permutation import Dispatched
 
-Bias = tuple[Tensor, Tensor]
+# ([R, r] thin, [e, r, M] factors): each row's product with the factors of its expert.
+Product = tuple[Tensor, Tensor]
 
 
 class FusedBackend(ExpertBackend):
@@ -47,10 +52,10 @@ class FusedBackend(ExpertBackend):
 
     def __init__(self) -> None:
         # Not with the module, since `why_not` answers where triton is missing, too.
-        from hf_moe_accel.ops.triton.activation import activate, activate_backward
+        from hf_moe_accel.ops.triton.activation import activate, activate_backward, takes
         from hf_moe_accel.ops.triton.rows import gather, sum_segments
 
-        self._gate, self._gate_backward = activate, activate_backward
+        self._gate, self._gate_backward, self._gate_takes = activate, activate_backward, takes
         self._gather, self._sum_segments = gather, sum_segments
         self._formulas: dict[ExpertsSpec, GateFormula | None] = {}
 
@@ -67,22 +72,31 @@ class FusedBackend(ExpertBackend):
         """Gather, up, gate and weight, down, sum. Keeps the pre-activation, and the output before a post-norm."""
         ends_e = _ends(rows)
         up_eDM, down_eID = as_in_out(spec, weights)
-        up_bias, down_bias = _biases(weights, rows)
-        h_RM, up_thin = _linear(self._gather(rows.x_ND, rows.row_of_R), up_eDM, weights.up_lora, ends_e)
+        x_RD = self._gather(rows.x_ND, rows.row_of_R)
+        h_RM = grouped_linear(x_RD, up_eDM, ends_e)
+        up_thin = _thin(x_RD, weights.up_lora, ends_e)
+        del x_RD  # as large as what comes out of the second projection
+        into_up = self._split(spec, _from_thin(up_thin, weights.up_lora))
+        _add(h_RM, into_up.apart, ends_e)
         if spec.post_norm is None:
-            a_RI = self._activate(spec, h_RM, rows.weights_R, up_bias)
+            a_RI = self._activate(spec, h_RM, rows.weights_R, ends_e, weights.up_bias, into_up.fused)
             down_thin = _thin(a_RI, weights.down_lora, ends_e)
             out_ND = self._sum_products(
-                a_RI, down_eID, _from_thin(down_thin, weights.down_lora), rows, ends_e, down_bias
+                a_RI, down_eID, _from_thin(down_thin, weights.down_lora), rows, ends_e, weights.down_bias
             )
-            return out_ND, (*up_thin, *down_thin, h_RM)
-        y_RD, down_thin = _linear(self._activate(spec, h_RM, None, up_bias), down_eID, weights.down_lora, ends_e)
-        if down_bias is not None:
-            y_RD += _of_rows(down_bias)
+            return out_ND, (ends_e, *up_thin, *down_thin, h_RM)
+        y_RD, down_thin = _linear(
+            self._activate(spec, h_RM, None, ends_e, weights.up_bias, into_up.fused),
+            down_eID,
+            weights.down_lora,
+            ends_e,
+        )
+        if weights.down_bias is not None:
+            y_RD += _of_rows(weights.down_bias, ends_e, y_RD.size(0))
         assert weights.post_norm is not None
         normed_RD = spec.post_norm(y_RD, weights.post_norm.detach())
         out_ND = self._sum_segments(normed_RD, rows.r_of_P, rows.start_of_N, weights_R=rows.weights_R)
-        return out_ND, (*up_thin, *down_thin, h_RM, y_RD)
+        return out_ND, (ends_e, *up_thin, *down_thin, h_RM, y_RD)
 
     def backward_rows(
         self,
@@ -96,11 +110,10 @@ class FusedBackend(ExpertBackend):
         need_routing: bool,
     ) -> RowGrads:
         """Down, gate and weight, up, sum."""
-        ends_e = _ends(rows)
+        ends_e, *kept = saved
         up_eDM, down_eID = as_in_out(spec, weights)
-        up_bias, down_bias = _biases(weights, rows)
         num_thin = _num_thin(weights)
-        thin, (h_RM, *outputs) = saved[:num_thin], saved[num_thin:]
+        thin, (h_RM, *outputs) = tuple(kept[:num_thin]), kept[num_thin:]
         grad_routing: Tensor | None = None
         grad_norm: tuple[Tensor, ...] = ()
         weights_R: Tensor | None = rows.weights_R
@@ -120,29 +133,31 @@ class FusedBackend(ExpertBackend):
             weights_R = None
         grad_down_thin = _grad_thin(grad_RD, weights.down_lora, ends_e)
         grad_a_RI = grouped_linear(grad_RD, down_eID.transpose(1, 2), ends_e)
-        for grad_thin, a_erI in _grad_from_thin(grad_down_thin, weights.down_lora):
-            grad_a_RI += grouped_linear(grad_thin, a_erI, ends_e)
-        grad_h_RM, of_weights_R, a_RI = self._activate_backward(spec, h_RM, weights_R, up_bias, grad_a_RI)
+        into_a = self._split(spec, _grad_from_thin(grad_down_thin, weights.down_lora))
+        _add(grad_a_RI, into_a.apart, ends_e)
+        into_up = self._split(spec, _from_thin(thin[:1] if weights.up_lora else (), weights.up_lora))
+        grad_h_RM, of_weights_R, a_RI = self._activate_backward(
+            spec, h_RM, weights_R, ends_e, weights.up_bias, into_up.fused, grad_a_RI, into_a.fused
+        )
+        del grad_a_RI
         if need_routing and of_weights_R is not None:
             grad_routing = of_weights_R
-            if down_bias is not None:
-                bias_eD, expert_of_R = down_bias
-                by_expert_Ne = grad_ND.float() @ bias_eD.float().t()
-                grad_routing += by_expert_Ne[rows.row_of_R, expert_of_R]
+            if weights.down_bias is not None:
+                by_expert_Ne = grad_ND.float() @ weights.down_bias.float().t()
+                grad_routing += by_expert_Ne[rows.row_of_R, _expert_of_rows(ends_e, rows.row_of_R.numel())]
         grad_up_thin = _grad_thin(grad_h_RM, weights.up_lora, ends_e)
         grad_x: Tensor | None = None
         if need_x:
             thin_products = _grad_from_thin(grad_up_thin, weights.up_lora)
             grad_x = self._sum_products(grad_h_RM, up_eDM.transpose(1, 2), thin_products, rows, ends_e, None)
-        for_weights = (grad_RD, a_RI, grad_h_RM, *thin, *grad_up_thin, *grad_down_thin, *grad_norm)
+        for_weights = (ends_e, grad_RD, a_RI, grad_h_RM, *thin, *grad_up_thin, *grad_down_thin, *grad_norm)
         return RowGrads(grad_x, grad_routing, for_weights)
 
     def backward_weights(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, grads: RowGrads, needs: NeededGrads
     ) -> WeightGrads:
         """Outer products by expert; nothing at all for frozen weights."""
-        ends_e = _ends(rows)
-        grad_RD, into_down_RI, grad_h_RM, *others = grads.for_weights
+        ends_e, grad_RD, into_down_RI, grad_h_RM, *others = grads.for_weights
         num_thin = _num_thin(weights)
         thin, grad_thin, grad_norm = others[:num_thin], others[num_thin : 2 * num_thin], others[2 * num_thin :]
 
@@ -179,21 +194,54 @@ class FusedBackend(ExpertBackend):
             self._formulas[spec] = find_formula(spec.gate, spec.pre_activation_size, spec.intermediate_size)
         return self._formulas[spec]
 
-    def _activate(self, spec: ExpertsSpec, h_RM: Tensor, weights_R: Tensor | None, bias: Bias | None) -> Tensor:
-        """[R, I] the gate of the pre-activation, weighted where there are weights."""
+    def _split(self, spec: ExpertsSpec, thin_products: list[Product]) -> _Split:
+        """Says which kernel computes what adapters add to rows around the gate, if they add anything."""
+        if not thin_products:
+            return _Split(None, None)
+        (product,) = thin_products
+        fused = self._formula(spec) is not None and self._gate_takes(product)
+        return _Split(product, None) if fused else _Split(None, product)
+
+    def _activate(
+        self,
+        spec: ExpertsSpec,
+        h_RM: Tensor,
+        weights_R: Tensor | None,
+        ends_e: Tensor,
+        bias_eM: Tensor | None,
+        product: Product | None,
+    ) -> Tensor:
+        """[R, I] the gate of the pre-activation and what is added to it, weighted where there are weights."""
         formula = self._formula(spec)
         if formula is not None:
-            return self._gate(formula, h_RM, weights_R, bias)
-        return _weighted(spec.gate(_biased(h_RM, bias)), weights_R)
+            return self._gate(formula, h_RM, weights_R, ends_e, bias_eM=bias_eM, product=product)
+        return _weighted(spec.gate(_biased(h_RM, bias_eM, ends_e)), weights_R)
 
     def _activate_backward(
-        self, spec: ExpertsSpec, h_RM: Tensor, weights_R: Tensor | None, bias: Bias | None, grad_RI: Tensor
+        self,
+        spec: ExpertsSpec,
+        h_RM: Tensor,
+        weights_R: Tensor | None,
+        ends_e: Tensor,
+        bias_eM: Tensor | None,
+        product: Product | None,
+        grad_RI: Tensor,
+        grad_product: Product | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The gradients of the pre-activation and of the weights, and what `_activate` returned."""
         formula = self._formula(spec)
         if formula is not None:
-            return self._gate_backward(formula, h_RM, weights_R, bias, grad_RI)
-        leaf = _biased(h_RM, bias).detach().requires_grad_()
+            return self._gate_backward(
+                formula,
+                h_RM,
+                weights_R,
+                ends_e,
+                grad_RI,
+                bias_eM=bias_eM,
+                product=product,
+                grad_product=grad_product,
+            )
+        leaf = _biased(h_RM, bias_eM, ends_e).detach().requires_grad_()
         with torch.enable_grad():
             a_RI = spec.gate(leaf)
         (grad_h_RM,) = torch.autograd.grad(a_RI, leaf, _weighted(grad_RI, weights_R))
@@ -205,40 +253,48 @@ class FusedBackend(ExpertBackend):
         self,
         x_RK: Tensor,
         weight_eKD: Tensor,
-        thin_products: list[tuple[Tensor, Tensor]],
+        thin_products: list[Product],
         rows: Dispatched,
         ends_e: Tensor,
-        bias: Bias | None,
+        bias_eD: Tensor | None,
     ) -> Tensor:
         """[N, D] products by expert with what adapters and weighted biases add, summed by row."""
         y_RD = grouped_linear(x_RK, weight_eKD, ends_e)
-        other_RD = grouped_linear(*thin_products[0], ends_e) if thin_products else None
         return self._sum_segments(
             y_RD,
             rows.r_of_P,
             rows.start_of_N,
-            other_RD=other_RD,
-            weights_R=None if bias is None else rows.weights_R,
-            bias=bias,
+            other_RD=grouped_linear(*thin_products[0], ends_e) if thin_products else None,
+            weights_R=None if bias_eD is None else rows.weights_R,
+            bias=None if bias_eD is None else (bias_eD, _expert_of_rows(ends_e, y_RD.size(0))),
         )
 
 
-def _biases(weights: ExpertWeights, rows: Dispatched) -> tuple[Bias | None, Bias | None]:
-    """Both projections' biases, with the expert of each row."""
-    if weights.up_bias is None or weights.down_bias is None:
-        return None, None
-    experts = torch.arange(rows.counts_e.numel(), device=rows.counts_e.device)
-    expert_of_R = experts.repeat_interleave(rows.counts_e, output_size=rows.row_of_R.numel())
-    return (weights.up_bias, expert_of_R), (weights.down_bias, expert_of_R)
+class _Split(NamedTuple):
+    """A product for the gate's kernels to compute, or one that is computed and added apart."""
+
+    fused: Product | None
+    apart: Product | None
 
 
-def _of_rows(bias: Bias) -> Tensor:
-    bias_eM, expert_of_R = bias
-    return bias_eM.index_select(0, expert_of_R)
+def _add(rows_RM: Tensor, product: Product | None, ends_e: Tensor) -> None:
+    """In place."""
+    if product is not None:
+        rows_RM += grouped_linear(*product, ends_e)
 
 
-def _biased(h_RM: Tensor, bias: Bias | None) -> Tensor:
-    return h_RM if bias is None else h_RM + _of_rows(bias)
+def _expert_of_rows(ends_e: Tensor, num_rows: int) -> Tensor:
+    """[R] int64."""
+    rows = torch.arange(num_rows, dtype=ends_e.dtype, device=ends_e.device)
+    return torch.searchsorted(ends_e, rows, right=True)
+
+
+def _of_rows(bias_eM: Tensor, ends_e: Tensor, num_rows: int) -> Tensor:
+    return bias_eM.index_select(0, _expert_of_rows(ends_e, num_rows))
+
+
+def _biased(h_RM: Tensor, bias_eM: Tensor | None, ends_e: Tensor) -> Tensor:
+    return h_RM if bias_eM is None else h_RM + _of_rows(bias_eM, ends_e, h_RM.size(0))
 
 
 def _weighted(rows_R: Tensor, weights_R: Tensor | None) -> Tensor:

@@ -247,7 +247,8 @@ def _columns(lora: tuple[LoraPair, ...]) -> list[slice]:
 def _scale(thin_Rr: Tensor, lora: tuple[LoraPair, ...]) -> Tensor:
     """Each pair's columns times its scaling, in place."""
     for pair, columns in zip(lora, _columns(lora), strict=True):
-        thin_Rr[:, columns] *= pair.scaling
+        # Not `*=`, which would copy the columns onto themselves afterwards.
+        thin_Rr[:, columns].mul_(pair.scaling)
     return thin_Rr
 
 

@@ -48,7 +48,7 @@ def order_by_expert(
     """
     p_of_R = torch.argsort(expert_of_P, stable=True)
     r_of_P = torch.empty_like(p_of_R)
-    r_of_P[p_of_R] = torch.arange(p_of_R.numel(), device=p_of_R.device)
+    r_of_P.scatter_(0, p_of_R, torch.arange(p_of_R.numel(), device=p_of_R.device))
     counts_e = torch.zeros(num_experts, dtype=torch.int32, device=expert_of_P.device)
     counts_e.scatter_add_(0, expert_of_P.long(), torch.ones_like(expert_of_P, dtype=torch.int32))
     return Dispatched(

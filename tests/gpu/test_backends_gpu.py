@@ -109,6 +109,13 @@ def test_triton_activation(name: str, weighted: bool, biased: bool, dtype: torch
     triton_ops.check_activation(name, 600, weighted, biased, dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype", triton_ops.DTYPES)
+@pytest.mark.parametrize("ranks", triton_ops.RANKS)
+@pytest.mark.parametrize("name", ["silu", "GPT-OSS"])
+def test_triton_activation_with_thin_products(name: str, ranks: tuple[int, int], dtype: torch.dtype) -> None:
+    triton_ops.check_activation(name, 600, True, ranks[0] == 16, dtype, "cuda", ranks)
+
+
 @pytest.mark.parametrize("name", list(triton_ops.KNOWN))
 def test_triton_activation_of_any_kind(name: str) -> None:
     triton_ops.check_activation(name, 600, True, True, torch.bfloat16, "cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -197,6 +198,38 @@ def test_frozen_parameters_cost_no_products(factors: str, adapters: str, monkeyp
     assert len(shapes) == len(factors) * len((*weights.up_lora, *weights.down_lora))
     largest_rank = 16
     assert all(min(shape) <= largest_rank for shape in shapes)
+
+
+def tanh_gate(h: Tensor) -> Tensor:
+    """No formula of `ops/gates`."""
+    gate, up = h.chunk(2, dim=-1)
+    return torch.tanh(gate) * up
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name in CPU_BACKENDS])
+@pytest.mark.parametrize(("gate", "ranks"), [(None, (48, 16)), (None, (16, 48)), (tanh_gate, (16, 16))])
+def test_what_fused_kernels_do_not_take(name: str, gate: Any, ranks: tuple[int, int]) -> None:
+    """Products of a high rank, and gates that they do not know."""
+    spec, weights, rows = inputs_of({"rows": "ragged", "kind": "gated", "adapters": "both", "dtype": torch.float32})
+    spec = spec if gate is None else replace(spec, gate=gate)
+    generator = torch.Generator().manual_seed(5)
+
+    def pair(rank: int, into: int, out: int) -> tuple[LoraPair]:
+        a, b = (
+            (into * rank) ** -0.25 * torch.randn(NUM_EXPERTS, *shape, generator=generator)
+            for shape in ((rank, into), (out, rank))
+        )
+        return (LoraPair(a, b, 0.5),)
+
+    weights = weights._replace(
+        up_lora=pair(ranks[0], spec.hidden_size, spec.pre_activation_size),
+        down_lora=pair(ranks[1], spec.intermediate_size, spec.hidden_size),
+    )
+    needs = needed_grads("none", weights)
+    actual = results(name, spec, weights, rows, needs, "x and routing")
+    expert_R = torch.arange(NUM_EXPERTS).repeat_interleave(rows.counts_e)
+    expected = reference(spec, weights, rows.x_ND, rows.weights_R, expert_R, rows.row_of_R)
+    check(actual, expected, wanted_of(weights, needs, "x and routing"), torch.float32)
 
 
 def test_one_adapter_of_two_trains() -> None:

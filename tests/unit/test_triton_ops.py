@@ -98,29 +98,61 @@ def test_a_gate_that_does_not_run_on_a_cpu_is_not_known() -> None:
 # The gate's kernels
 
 
-def check_activation(name: str, size: int, weighted: bool, biased: bool, dtype: torch.dtype, device: str) -> None:
+# A tile of rows more than one expert has, an expert without rows, one with a few rows and one with several tiles.
+COUNTS = (41, 0, 3, 77)
+
+
+def check_activation(
+    name: str,
+    size: int,
+    weighted: bool,
+    biased: bool,
+    dtype: torch.dtype,
+    device: str,
+    ranks: tuple[int, int] = (0, 0),
+) -> None:
+    """`ranks`: of the products that are added to the pre-activation and to the gradient of the result."""
     from hf_moe_accel.ops.triton.activation import activate, activate_backward
 
     formula = KNOWN[name][1]
-    num, width = 21, 2 * size if formula.gated else size
+    num, num_experts, width = sum(COUNTS), len(COUNTS), 2 * size if formula.gated else size
+    expert = torch.arange(num_experts).repeat_interleave(torch.tensor(COUNTS)).to(device)
+    ends = torch.tensor(COUNTS).cumsum(0).to(device, torch.int32)
     h, grad = draw(num, width, scale=2).to(device, dtype), draw(num, size, seed=1).to(device, dtype)
     weights = torch.rand(num, generator=torch.Generator().manual_seed(2)).to(device) if weighted else None
-    bias = (draw(3, width, seed=3).to(device, dtype), (torch.arange(num) // 9).to(device)) if biased else None
-    out = activate(formula, h, weights, bias)
-    grad_h, grad_weights, again = activate_backward(formula, h, weights, bias, grad)
+    bias = draw(num_experts, width, seed=3).to(device, dtype) if biased else None
+    products = [
+        (draw(num, rank, seed=4 + i).to(device, dtype), draw(num_experts, *shape, scale=rank**-0.5).to(device, dtype))
+        if rank
+        else None
+        for i, (rank, shape) in enumerate(zip(ranks, ((width, ranks[0]), (ranks[1], size)), strict=True))
+    ]
+    # As they come: of `up` a view of factors that are stored [e, out, r], of the gradient [e, r, in].
+    product = None if products[0] is None else (products[0][0], products[0][1].transpose(1, 2))
+    out = activate(formula, h, weights, ends, bias_eM=bias, product=product)
+    grad_h, grad_weights, again = activate_backward(
+        formula, h, weights, ends, grad, bias_eM=bias, product=product, grad_product=products[1]
+    )
+
+    def added(rows: Tensor, of: tuple[Tensor, Tensor] | None) -> Tensor:
+        if of is None:
+            return rows.double()
+        return rows.double() + torch.einsum("pr,prm->pm", of[0].double(), of[1].double()[expert])
 
     # In the dtype's own rounding, for the clamp's edges are sharp, then in fp64.
-    biased_h = (h if bias is None else (h.float() + bias[0].float()[bias[1]]).to(dtype)).double().requires_grad_()
-    leaves = [biased_h, torch.ones(num, device=device, dtype=torch.float64) if weights is None else weights.double()]
+    full_h = added(h, product)
+    full_h = (full_h if bias is None else (full_h.float() + bias.float()[expert]).to(dtype).double()).requires_grad_()
+    leaves = [full_h, torch.ones(num, device=device, dtype=torch.float64) if weights is None else weights.double()]
     leaves[1].requires_grad_()
     expected = KNOWN[name][0](leaves[0]) * leaves[1][:, None]
-    of_h, of_weights = torch.autograd.grad(expected, leaves, grad.double())
+    of_h, of_weights = torch.autograd.grad(expected, leaves, added(grad, products[1]))
     actual = {"out": out, "again": again, "grad h": grad_h}
     right = {"out": expected, "again": expected, "grad h": of_h}
     assert_close(actual, {key: value.to(dtype) for key, value in right.items()}, "backend")
     assert (grad_weights is None) == (weights is None)
     if grad_weights is not None:
-        assert_close(grad_weights.to(dtype), of_weights.to(dtype), "backend")
+        largest = of_weights.abs().max()
+        assert_close((grad_weights / largest).to(dtype), (of_weights / largest).to(dtype), "backend")
 
 
 @interpreted
@@ -134,6 +166,17 @@ def test_activation(name: str, weighted: bool, biased: bool) -> None:
 @pytest.mark.parametrize("name", ["silu", "GPT-OSS", "no gate, relu2"])
 def test_activation_of_several_tiles(name: str) -> None:
     check_activation(name, 600, True, False, torch.float32, "cpu")
+
+
+# None, few, what `tl.dot` takes at least, no power of two, and the most.
+RANKS = [(4, 0), (0, 8), (16, 20), (32, 32)]
+
+
+@interpreted
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", ["silu", "GPT-OSS", "no gate, relu2"])
+def test_activation_with_thin_products(name: str, ranks: tuple[int, int]) -> None:
+    check_activation(name, 72, True, ranks[0] == 16, torch.float32, "cpu", ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
