@@ -201,6 +201,7 @@ class ExpertBackend(ABC):
         rows: Dispatched,
         saved: tuple[Tensor, ...],
         grad_ND: Tensor,
+        needs: NeededGrads,
         *,
         need_x: bool,
         need_routing: bool,
@@ -213,6 +214,7 @@ class ExpertBackend(ABC):
             rows: as in forward.
             saved: the second result of forward.
             grad_ND: [N, D] gradient of the first result.
+            needs: which parameters train, as in `backward_weights`; what nothing is made of need not be kept for it.
             need_x: whether the gradient of `rows.x_ND` is wanted.
             need_routing: whether the gradient of `rows.weights_R` is wanted.
         """

@@ -38,6 +38,7 @@ class EagerBackend(ExpertBackend):
         rows: Dispatched,
         saved: tuple[Tensor, ...],
         grad_ND: Tensor,
+        needs: NeededGrads,
         *,
         need_x: bool,
         need_routing: bool,

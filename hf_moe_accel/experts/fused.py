@@ -105,6 +105,7 @@ class FusedBackend(ExpertBackend):
         rows: Dispatched,
         saved: tuple[Tensor, ...],
         grad_ND: Tensor,
+        needs: NeededGrads,
         *,
         need_x: bool,
         need_routing: bool,

@@ -67,6 +67,7 @@ class GroupedMMBackend(ExpertBackend):
         rows: Dispatched,
         saved: tuple[Tensor, ...],
         grad_ND: Tensor,
+        needs: NeededGrads,
         *,
         need_x: bool,
         need_routing: bool,

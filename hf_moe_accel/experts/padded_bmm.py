@@ -63,16 +63,16 @@ class PaddedBMMBackend(ExpertBackend):
         for block in padded.blocks:
             row_S, weights_S = padded.row_of_S[block.slots], padded.weights_S[block.slots]
             h = h_SM[block.slots]
-            up.apply(block, rows.x_ND.index_select(0, row_S), up_thin, h)
+            up.apply(block, rows.x_ND.index_select(0, row_S), block.of(up_thin), h)
             if weights.up_bias is not None:
                 block.by_expert(h).add_(weights.up_bias[block.experts, None])
             a = spec.gate(h)
             if y_SD is None:
                 y = h.new_empty(h.size(0), spec.hidden_size)
-                down.apply(block, weighted(a, weights_S), down_thin, y)
+                down.apply(block, weighted(a, weights_S), block.of(down_thin), y)
             else:
                 y = y_SD[block.slots]
-                down.apply(block, a, down_thin, y)
+                down.apply(block, a, block.of(down_thin), y)
                 if weights.down_bias is not None:
                     block.by_expert(y).add_(weights.down_bias[block.experts, None])
                 if spec.post_norm is not None:
@@ -89,19 +89,27 @@ class PaddedBMMBackend(ExpertBackend):
         rows: Dispatched,
         saved: tuple[Tensor, ...],
         grad_ND: Tensor,
+        needs: NeededGrads,
         *,
         need_x: bool,
         need_routing: bool,
     ) -> RowGrads:
-        """Block by block: down, gate (through autograd, on the recomputed activation), up, sum."""
+        """Block by block: down, gate (through autograd, on the recomputed activation), up, sum.
+
+        The factors' gradients too, while what they are made of is in cache: as little work as it is, reading the rows
+        for it once more took longer.
+        """
         padded = _pad(rows)
         up, down = (projection.transposed() for projection in _projections(spec, weights))
-        num_thin = len(up.lora) + len(down.lora)
-        thin, (h_SM, *y_SD) = saved[:num_thin], saved[num_thin:]
-        grad_h_SM = torch.empty_like(h_SM)
-        into_down_SI = h_SM.new_empty(h_SM.size(0), spec.intermediate_size)
-        grad_up_thin, grad_down_thin = up.thin(h_SM), down.thin(h_SM)
-        grad_y_SD = [torch.empty_like(y) for y in y_SD]
+        num_up_thin, num_thin = len(up.lora), len(up.lora) + len(down.lora)
+        up_thin, down_thin, (h_SM, *y_SD) = saved[:num_up_thin], saved[num_up_thin:num_thin], saved[num_thin:]
+        of_up_lora, of_down_lora = _empty(weights.up_lora, needs.up_lora), _empty(weights.down_lora, needs.down_lora)
+        # Of these the gradients of weights and biases are made.
+        grad_h_SM = torch.empty_like(h_SM) if needs.up or needs.up_bias else None
+        into_down_SI = grad_y_SD = None
+        if needs.down or needs.down_bias:
+            into_down_SI = h_SM.new_empty(h_SM.size(0), spec.intermediate_size)
+            grad_y_SD = torch.empty_like(y_SD[0]) if y_SD else None
         norm = None if spec.post_norm is None else detached(weights.post_norm)
         grad_norm = None if norm is None else _zeros_for_sum(norm)
         grad_routing_S = torch.empty_like(padded.weights_S) if need_routing else None
@@ -121,85 +129,86 @@ class PaddedBMMBackend(ExpertBackend):
                 if grad_norm is not None:
                     grad_y, of_norm = torch.autograd.grad(normed, leaves, grad_y)
                     grad_norm += of_norm
-                grad_y_SD[0][block.slots] = grad_y
+                if grad_y_SD is not None:
+                    grad_y_SD[block.slots] = grad_y
             h_leaf = h_SM[block.slots].detach().requires_grad_()
             with torch.enable_grad():
                 a_leaf = spec.gate(h_leaf)
             a = a_leaf.detach()
-            grad_a = torch.empty_like(a)
-            down.apply(block, grad_y, grad_down_thin, grad_a)
-            if y_SD:
-                into_down_SI[block.slots] = a
-            else:
+            grad_a, grad_thin = torch.empty_like(a), down.thin(a)
+            down.apply(block, grad_y, grad_thin, grad_a)
+            if not y_SD:
                 if grad_routing_S is not None:
                     grad_routing_S[block.slots] = dot(grad_a, a)
-                torch.mul(a, weights_S[:, None], out=into_down_SI[block.slots])
                 grad_a = weighted(grad_a, weights_S)
+                # On the narrower side of the outer products.
+                grad_thin = tuple((grad_Sr.float() * weights_S[:, None]).to(a.dtype) for grad_Sr in grad_thin)
+            if into_down_SI is not None:
+                into_down_SI[block.slots] = a if y_SD else weighted(a, weights_S)
+            _grads_of_factors(block, of_down_lora, a, grad_y, block.of(down_thin), grad_thin)
             (grad_h,) = torch.autograd.grad(a_leaf, h_leaf, grad_a)
-            grad_h_SM[block.slots] = grad_h
-            if grad_x_ND is not None or weights.up_lora:
-                grad_x = grad_y.new_empty(grad_y.shape)
-                up.apply(block, grad_h, grad_up_thin, grad_x)
+            if grad_h_SM is not None:
+                grad_h_SM[block.slots] = grad_h
+            if grad_x_ND is not None or up.lora:
+                grad_x, grad_thin = grad_y.new_empty(grad_y.shape), up.thin(grad_h)
+                up.apply(block, grad_h, grad_thin, grad_x)
+                if any(factor is not None for factors in of_up_lora for factor in factors):
+                    x = rows.x_ND.index_select(0, row_S)
+                    _grads_of_factors(block, of_up_lora, x, grad_h, block.of(up_thin), grad_thin)
                 if grad_x_ND is not None:
                     grad_x_ND.index_add_(0, row_S, grad_x.to(grad_x_ND.dtype))
+        of_factors = (factor for factors in (*of_up_lora, *of_down_lora) for factor in factors)
+        norm_sum = None if grad_norm is None or not needs.post_norm else grad_norm.to(grad_ND.dtype)
+        of_down = () if into_down_SI is None else (into_down_SI, grad_ND if grad_y_SD is None else grad_y_SD)
         return RowGrads(
             None if grad_x_ND is None else grad_x_ND.to(grad_ND.dtype),
             None if grad_routing_S is None else grad_routing_S[padded.slot_of_R],
-            (
-                grad_h_SM,
-                into_down_SI,
-                *(grad_y_SD or (grad_ND,)),
-                *thin,
-                *grad_up_thin,
-                *grad_down_thin,
-                *(() if grad_norm is None else (grad_norm.to(grad_ND.dtype),)),
-            ),
+            tuple(part for part in (*of_factors, norm_sum, grad_h_SM, *of_down) if part is not None),
         )
 
     def backward_weights(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, grads: RowGrads, needs: NeededGrads
     ) -> WeightGrads:
-        """Outer products by block; nothing at all for frozen weights."""
-        padded = _pad(rows)
-        grad_h_SM, into_down_SI, grad_y, *others = grads.for_weights
-        num_up, num_thin = len(weights.up_lora), len(weights.up_lora) + len(weights.down_lora)
-        thin, grad_thin, grad_norm = others[:num_thin], others[num_thin : 2 * num_thin], others[2 * num_thin :]
-
-        def into_up(block: Block) -> Tensor:
-            return rows.x_ND.index_select(0, padded.row_of_S[block.slots])
-
-        def of_down(block: Block) -> Tensor:
-            if spec.weights_before_down:
-                return grad_y.index_select(0, padded.row_of_S[block.slots])
-            return grad_y[block.slots]
-
-        up, up_bias, up_lora = _grads_of_projection(
-            padded.blocks,
-            spec.is_transposed,
-            weights.up,
-            weights.up_lora,
-            into_up,
-            lambda block: grad_h_SM[block.slots],
-            thin[:num_up],
-            grad_thin[:num_up],
-            needs.up,
-            needs.up_bias,
-            needs.up_lora,
+        """Outer products by block; nothing at all for frozen weights, and the factors' gradients are there already."""
+        found = iter(grads.for_weights)
+        up_lora, down_lora = (
+            tuple(Factors(*(next(found) if need else None for need in pair)) for pair in pairs)
+            for pairs in (needs.up_lora, needs.down_lora)
         )
-        down, down_bias, down_lora = _grads_of_projection(
-            padded.blocks,
-            spec.is_transposed,
-            weights.down,
-            weights.down_lora,
-            lambda block: into_down_SI[block.slots],
-            of_down,
-            thin[num_up:],
-            grad_thin[num_up:],
-            needs.down,
-            needs.down_bias,
-            needs.down_lora,
-        )
-        return WeightGrads(up, down, up_bias, down_bias, grad_norm[0] if needs.post_norm else None, up_lora, down_lora)
+        norm = next(found) if needs.post_norm else None
+        up = down = up_bias = down_bias = None
+        train_up, train_down = needs.up or needs.up_bias, needs.down or needs.down_bias
+        if train_up or train_down:
+            padded = _pad(rows)
+        if train_up:
+            grad_h_SM = next(found)
+            up, up_bias = _grads_of_projection(
+                padded.blocks,
+                spec.is_transposed,
+                weights.up,
+                lambda block: rows.x_ND.index_select(0, padded.row_of_S[block.slots]),
+                lambda block: grad_h_SM[block.slots],
+                needs.up,
+                needs.up_bias,
+            )
+        if train_down:
+            into_down_SI, grad_y = next(found), next(found)
+
+            def of_down(block: Block) -> Tensor:
+                if spec.weights_before_down:
+                    return grad_y.index_select(0, padded.row_of_S[block.slots])
+                return grad_y[block.slots]
+
+            down, down_bias = _grads_of_projection(
+                padded.blocks,
+                spec.is_transposed,
+                weights.down,
+                lambda block: into_down_SI[block.slots],
+                of_down,
+                needs.down,
+                needs.down_bias,
+            )
+        return WeightGrads(up, down, up_bias, down_bias, norm, up_lora, down_lora)
 
 
 class Block(NamedTuple):
@@ -212,6 +221,10 @@ class Block(NamedTuple):
     def by_expert(self, rows_S: Tensor) -> Tensor:
         """[b, c, *] of [b * c, *]."""
         return rows_S.view(self.experts.stop - self.experts.start, self.rows_each, rows_S.size(1))
+
+    def of(self, thin: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The block's rows of thin tensors."""
+        return tuple(thin_Sr[self.slots] for thin_Sr in thin)
 
 
 class Padded(NamedTuple):
@@ -277,9 +290,9 @@ class Projection(NamedTuple):
         lora = (LoraPair(b.transpose(1, 2), a.transpose(1, 2), scaling) for a, b, scaling in self.lora)
         return Projection(self.weight_eKM.transpose(1, 2), tuple(lora))
 
-    def thin(self, x_S: Tensor) -> tuple[Tensor, ...]:
-        """[S, r] for each pair, where `apply` puts `x @ a.T`."""
-        return tuple(x_S.new_empty(x_S.size(0), pair.a.size(1)) for pair in self.lora)
+    def thin(self, like_S: Tensor) -> tuple[Tensor, ...]:
+        """[S, r] for each pair, where `apply` puts `scaling * x @ a.T`."""
+        return tuple(like_S.new_empty(like_S.size(0), pair.a.size(1)) for pair in self.lora)
 
     def apply(self, block: Block, x_SK: Tensor, thin: tuple[Tensor, ...], out_SM: Tensor) -> None:
         """The block's rows, from `x_SK` [b * c, K] to `out_SM` [b * c, M]."""
@@ -287,10 +300,11 @@ class Projection(NamedTuple):
         beta = 0
         # Thin products first, while the rows are in cache; the wide one adds up in registers, so it comes last.
         for (a_erK, b_eMr, scaling), thin_Sr in zip(self.lora, thin, strict=True):
-            thin_bcr = block.by_expert(thin_Sr[block.slots])
-            torch.bmm(x_bcK, a_erK[block.experts].transpose(1, 2), out=thin_bcr)
-            b_brM = b_eMr[block.experts].transpose(1, 2)
-            torch.baddbmm(out_bcM, thin_bcr, b_brM, beta=beta, alpha=scaling, out=out_bcM)
+            thin_bcr = block.by_expert(thin_Sr)
+            a_bKr, b_brM = a_erK[block.experts].transpose(1, 2), b_eMr[block.experts].transpose(1, 2)
+            # Here scaling is of few numbers, and all that is made of thin tensors has it.
+            torch.baddbmm(thin_bcr, x_bcK, a_bKr, beta=0, alpha=scaling, out=thin_bcr)
+            torch.baddbmm(out_bcM, thin_bcr, b_brM, beta=beta, out=out_bcM)
             beta = 1
         torch.baddbmm(out_bcM, x_bcK, self.weight_eKM[block.experts], beta=beta, out=out_bcM)
 
@@ -300,51 +314,51 @@ def _projections(spec: ExpertsSpec, weights: ExpertWeights) -> tuple[Projection,
     return Projection(up_eDM, weights.up_lora), Projection(down_eID, weights.down_lora)
 
 
+def _empty(lora: tuple[LoraPair, ...], needs: tuple[Factors[bool], ...]) -> tuple[Factors[Tensor | None], ...]:
+    """Room for the gradients of the factors that train."""
+    return tuple(
+        Factors(torch.empty_like(a) if need.a else None, torch.empty_like(b) if need.b else None)
+        for (a, b, _), need in zip(lora, needs, strict=True)
+    )
+
+
+def _grads_of_factors(
+    block: Block,
+    of_lora: tuple[Factors[Tensor | None], ...],
+    x_SK: Tensor,
+    grad_SM: Tensor,
+    thin: tuple[Tensor, ...],
+    grad_thin: tuple[Tensor, ...],
+) -> None:
+    """The block's part of `of_lora`, from a projection's input and its output's gradient."""
+    x_bcK, grad_bcM = block.by_expert(x_SK), block.by_expert(grad_SM)
+    for (of_a, of_b), thin_Sr, grad_thin_Sr in zip(of_lora, thin, grad_thin, strict=True):
+        if of_a is not None:
+            torch.bmm(block.by_expert(grad_thin_Sr).transpose(1, 2), x_bcK, out=of_a[block.experts])
+        if of_b is not None:
+            torch.bmm(grad_bcM.transpose(1, 2), block.by_expert(thin_Sr), out=of_b[block.experts])
+
+
 def _grads_of_projection(
     blocks: list[Block],
     is_transposed: bool,
     weight: Tensor,
-    lora: tuple[LoraPair, ...],
     input_of: Callable[[Block], Tensor],
     grad_of: Callable[[Block], Tensor],
-    thin: list[Tensor],
-    grad_thin: list[Tensor],
     need_weight: bool,
     need_bias: bool,
-    need_lora: tuple[Factors[bool], ...],
-) -> tuple[Tensor | None, Tensor | None, tuple[Factors[Tensor | None], ...]]:
-    """Gradients of the weight, the bias and the factors of a projection, those that are needed."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the weight and the bias of a projection, those that are needed."""
     of_weight = torch.empty_like(weight) if need_weight else None
     of_bias = weight.new_empty(weight.size(0), weight.size(2 if is_transposed else 1)) if need_bias else None
-    of_lora = tuple(
-        Factors(
-            *(
-                torch.empty_like(factor) if is_needed else None
-                for factor, is_needed in zip(pair[:2], need, strict=True)
-            )
-        )
-        for pair, need in zip(lora, need_lora, strict=True)
-    )
-    any_lora = any(need.a or need.b for need in need_lora)
-    for block in blocks if need_weight or need_bias or any_lora else ():
+    for block in blocks:
         x_bcK, grad_bcM = block.by_expert(input_of(block)), block.by_expert(grad_of(block))
         if of_weight is not None:
             left, right = (x_bcK, grad_bcM) if is_transposed else (grad_bcM, x_bcK)
             torch.bmm(left.transpose(1, 2), right, out=of_weight[block.experts])
         if of_bias is not None:
             torch.sum(grad_bcM, 1, out=of_bias[block.experts])
-        for (of_a, of_b), pair, thin_Sr, grad_thin_Sr in zip(of_lora, lora, thin, grad_thin, strict=True):
-            if of_a is not None:
-                grad_thin_bcr = block.by_expert(grad_thin_Sr[block.slots])
-                _scaled_bmm(pair.scaling, grad_thin_bcr.transpose(1, 2), x_bcK, of_a[block.experts])
-            if of_b is not None:
-                thin_bcr = block.by_expert(thin_Sr[block.slots])
-                _scaled_bmm(pair.scaling, grad_bcM.transpose(1, 2), thin_bcr, of_b[block.experts])
-    return of_weight, of_bias, of_lora
-
-
-def _scaled_bmm(scaling: float, left: Tensor, right: Tensor, out: Tensor) -> None:
-    torch.baddbmm(out, left, right, beta=0, alpha=scaling, out=out)
+    return of_weight, of_bias
 
 
 def _zeros_for_sum(like: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def send_and_compute_backward(
             arriving.append(dispatcher.combine_backward(grad_TD, plan, i + 1))
         grad_ND = call.wait(arriving[i], "backward, combine", i, chunks)
         grads = backend.backward_rows(
-            call.spec, call.weights, rows[i], saved[i], grad_ND, need_x=need_x, need_routing=need_routing
+            call.spec, call.weights, rows[i], saved[i], grad_ND, needs, need_x=need_x, need_routing=need_routing
         )
         returning.append(dispatcher.dispatch_backward(grads.x_ND, grads.weights_R, plan, i, rows[i]))
         of_chunk = backend.backward_weights(call.spec, call.weights, rows[i], grads, needs).flat()

@@ -213,9 +213,9 @@ class Sleeper(EagerBackend):
         self._sleep(rows)
         return super().forward(spec, weights, rows)
 
-    def backward_rows(self, spec: Any, weights: Any, rows: Any, saved: Any, grad_ND: Any, **needs: bool) -> Any:
+    def backward_rows(self, spec: Any, weights: Any, rows: Any, *others: Any, **needs: bool) -> Any:
         self._sleep(rows)
-        return super().backward_rows(spec, weights, rows, saved, grad_ND, **needs)
+        return super().backward_rows(spec, weights, rows, *others, **needs)
 
     def backward_weights(self, spec: Any, weights: Any, rows: Any, grads: Any, needs: Any) -> Any:
         self._sleep(rows)

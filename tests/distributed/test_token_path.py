@@ -400,9 +400,11 @@ class Spy(EagerBackend):
         self.seen |= {rows.x_ND.dtype, *(w.dtype for w in weights.flat() if w is not None)}
         return super().forward(spec, weights, rows)
 
-    def backward_rows(self, spec: Any, weights: Any, rows: Any, saved: Any, grad_ND: Tensor, **needs: bool) -> Any:
+    def backward_rows(
+        self, spec: Any, weights: Any, rows: Any, saved: Any, grad_ND: Tensor, *others: Any, **needs: bool
+    ) -> Any:
         self.seen |= {grad_ND.dtype, rows.x_ND.dtype, *(w.dtype for w in weights.flat() if w is not None)}
-        return super().backward_rows(spec, weights, rows, saved, grad_ND, **needs)
+        return super().backward_rows(spec, weights, rows, saved, grad_ND, *others, **needs)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])

@@ -98,6 +98,7 @@ def results(
         rows,
         saved,
         grad_ND,
+        needs,
         need_x="x" in case["rows_need"],
         need_routing="routing" in case["rows_need"],
     )

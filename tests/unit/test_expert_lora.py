@@ -116,7 +116,9 @@ def results(
     backend = EXPERT_BACKENDS.load(name)()
     out, saved = backend.forward(spec, weights, rows)
     need_x, need_routing = "x" in rows_need, "routing" in rows_need
-    grads = backend.backward_rows(spec, weights, rows, saved, grad_of(out), need_x=need_x, need_routing=need_routing)
+    grads = backend.backward_rows(
+        spec, weights, rows, saved, grad_of(out), needs, need_x=need_x, need_routing=need_routing
+    )
     of_weights = backend.backward_weights(spec, weights, rows, grads, needs)
     flat = zip(names_of(weights), of_weights.flat(), strict=True)
     return {"out": out, "x": grads.x_ND, "routing": grads.weights_R} | dict(flat)
