@@ -96,8 +96,7 @@ class PaddedBMMBackend(ExpertBackend):
     ) -> RowGrads:
         """Block by block: down, gate (through autograd, on the recomputed activation), up, sum.
 
-        The factors' gradients too, while what they are made of is in cache: as little work as it is, reading the rows
-        for it once more took longer.
+        The factors' gradients too, while what they are made of is in cache.
         """
         padded = _pad(rows)
         up, down = (projection.transposed() for projection in _projections(spec, weights))

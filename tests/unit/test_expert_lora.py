@@ -209,7 +209,6 @@ def tanh_gate(h: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [name for name in CPU_BACKENDS if name != "eager"])
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name in CPU_BACKENDS])
 @pytest.mark.parametrize(("gate", "ranks"), [(None, (48, 16)), (None, (16, 48)), (tanh_gate, (16, 16))])
 def test_what_fused_kernels_do_not_take(name: str, gate: Any, ranks: tuple[int, int]) -> None:
     """Products of a high rank, and gates that they do not know."""
