@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import PeakHostMemory, PeakMemory, alternate, machine, medians, write
+from harness import PeakHostMemory, PeakMemory, alternate, machine, medians, show_profile, write
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
@@ -228,19 +228,7 @@ def profile(step: Callable[[], None], device: str) -> None:
             step()
         if device == "cuda":
             torch.cuda.synchronize()
-    events = profiler.key_averages()
-    if device == "cuda":
-        # Kernels only: an operation's own time is that of its kernels once more.
-        kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-        total = sum(e.self_device_time_total for e in kernels)
-        print(f"{total / 1e3 / steps:.3f} ms a step in kernels")
-        print("  ms a step      %   calls a step  kernel")
-        for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]:
-            ms = e.self_device_time_total / 1e3 / steps
-            share = 100 * e.self_device_time_total / total
-            print(f"{ms:>11.3f} {share:>6.1f} {e.count / steps:>14.1f}  {e.key[:110]}")
-    else:
-        print(events.table(sort_by="self_cpu_time_total", row_limit=30))
+    show_profile(profiler, steps)
 
 
 def arms_of(cell: dict[str, Any]) -> list[str]:

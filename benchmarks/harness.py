@@ -77,6 +77,23 @@ def write(path: str, content: dict[str, Any]) -> None:
     print(f"written: {path}")
 
 
+def show_profile(profiler: torch.profiler.profile, steps: int) -> None:
+    """Print the kernels (on CPU: the operations) that take most of a step."""
+    events = profiler.key_averages()
+    # Kernels only: an operation's own time is that of its kernels once more.
+    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    if not kernels:
+        print(events.table(sort_by="self_cpu_time_total", row_limit=30))
+        return
+    total = sum(e.self_device_time_total for e in kernels)
+    print(f"{total / 1e3 / steps:.3f} ms a step in kernels")
+    print("  ms a step      %   calls a step  kernel")
+    for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]:
+        ms = e.self_device_time_total / 1e3 / steps
+        share = 100 * e.self_device_time_total / total
+        print(f"{ms:>11.3f} {share:>6.1f} {e.count / steps:>14.1f}  {e.key[:110]}")
+
+
 class PeakMemory:
     """Peak memory of this process since it was made, in MiB above what was in use then."""
 
