@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hf_moe_accel.hf.install import keep_liger_off_experts
 from hf_moe_accel.runtime import runtime_of
 
 
@@ -36,6 +37,7 @@ class MoEAccelCallback(TrainerCallback):
                 "load_best_model_at_end=True is not supported in this form: the Trainer would read the checkpoint "
                 "without its experts. Delete it, or use AcceleratedMoETrainer."
             )
+        keep_liger_off_experts(args)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check that the model was prepared, and that the run begins at its beginning."""

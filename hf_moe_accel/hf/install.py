@@ -147,3 +147,14 @@ def _check_in_place(names: Sequence[str], model: nn.Module, *_: Any) -> None:
     for name in names:
         if "moe_binding" not in model.get_submodule(name).__dict__:
             raise RuntimeError(_WRAPPED)
+
+
+def keep_liger_off_experts(args: Any) -> None:
+    """Let Liger's kernels stand in for norms, rotary embeddings and the loss, never for the experts.
+
+    Args:
+        args: `TrainingArguments`; its `liger_kernel_config` is set where `use_liger_kernel` is. Where a model has
+            dense MLPs beside its experts, Liger's kernels for those go with the experts' (`swiglu`).
+    """
+    if args.use_liger_kernel:
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), "swiglu": False}

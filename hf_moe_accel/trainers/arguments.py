@@ -77,8 +77,8 @@ def _of_any_run(args: Any) -> Iterator[tuple[str, str]]:
         yield f"deepspeed={args.deepspeed!r}", _SHARDED
     if args.parallelism_config is not None:
         yield "parallelism_config=...", _LAYOUT
-    if args.use_liger_kernel:
-        yield "use_liger_kernel=True", "it replaces the forward of the experts, and with it the exchange of tokens"
+    if args.use_liger_kernel and (args.liger_kernel_config or {}).get("swiglu"):
+        yield "liger_kernel_config['swiglu']=True", "it takes the place of the experts, and of the exchange of tokens"
     # TRL's own arguments are not there on others'.
     if getattr(args, "use_vllm", False):
         yield (

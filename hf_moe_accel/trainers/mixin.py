@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 from hf_moe_accel.auto import AutoModelForCausalLM, refuse_load_arguments
 from hf_moe_accel.config import MoEAccelConfig
 from hf_moe_accel.hf.discover import base_of, find_experts
+from hf_moe_accel.hf.install import keep_liger_off_experts
 from hf_moe_accel.hf.loading import distributed_config, meta_model, reshard
 from hf_moe_accel.prepare import adopt_adapters, check_model, choose_setup, prepare_moe_model
 from hf_moe_accel.runtime import MoERuntime, runtime_of
@@ -166,6 +167,7 @@ class AcceleratedMoEMixin(CheckpointMixin):
             if choose_setup(base, find_experts(base), self.moe_config, mixed_precision=masters) is None:
                 return model
         refuse_arguments(self.args)
+        keep_liger_off_experts(self.args)
         prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=masters, like=like)
         return model
 

@@ -124,3 +124,9 @@ def test_refusals(
         assert messages["saves nothing"] == ""
         assert "load_best_model_at_end=True is not supported in this form" in messages["loads the best"]
         assert re.search(resumed, messages["resumed"])
+
+
+def test_liger_is_kept_off_the_experts(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, save_strategy="no", use_liger_kernel=True)
+    MoEAccelCallback().on_init_end(arguments, None, None)
+    assert arguments.liger_kernel_config == {"swiglu": False}

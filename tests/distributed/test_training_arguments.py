@@ -31,6 +31,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.trainer_callback import ExportableState
 
 from hf_moe_accel import AcceleratedMoETrainer, parameter_groups
@@ -805,6 +807,29 @@ def test_torch_compile(backend: str, tmp_path: Path) -> None:
     compare_with_plain_arguments(tmp_path, arguments, model=one_layer)
 
 
+def apply_liger(output_dir: str, trainer_class: type[Trainer]) -> tuple[bool, list[str], dict[str, Any]]:
+    """What `train` does first, whose kernels need a GPU."""
+    trainer = make_trainer(trainer_class, output_dir, arguments={"use_liger_kernel": True, "liger_kernel_config": {}})
+    experts = trainer.model.model.layers[0].mlp.experts
+    before = experts.forward
+    with mock.patch.dict(vars(modeling_qwen3_moe)):  # Liger puts its classes there too
+        apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
+    others = (trainer.model.model.norm, trainer.model)
+    return experts.forward == before, [each.forward.__module__ for each in others], trainer.args.liger_kernel_config
+
+
+@row(
+    "use_liger_kernel",
+    "liger_kernel_config",
+    note="Norms, rotary embeddings and the loss; `swiglu` is set to False. It needs GPUs: `pytest -m gpu` trains.",
+)
+def test_liger_leaves_the_experts_alone(tmp_path: Path) -> None:
+    for same, modules, config in run_ranks(apply_liger, 2, str(tmp_path), AcceleratedMoETrainer, init=False):
+        assert same and all(name.startswith("liger_kernel") for name in modules) and config == {"swiglu": False}
+    ((same, _, _),) = run_ranks(apply_liger, 1, str(tmp_path), Trainer, init=False)
+    assert not same  # what would be without
+
+
 class SpyOnExperts(TrainerCallback):
     """Notes the dtypes in which experts compute."""
 
@@ -1178,7 +1203,10 @@ REFUSED = {
     "parallelism_config": Refused(
         "Delete parallelism_config=....", {"parallelism_config": ParallelismConfig(dp_shard_size=2)}
     ),
-    "use_liger_kernel": Refused("Delete use_liger_kernel=True.", {"use_liger_kernel": True}),
+    "use_liger_kernel": Refused(
+        "Delete liger_kernel_config['swiglu']=True.",
+        {"use_liger_kernel": True, "liger_kernel_config": {"swiglu": True}},
+    ),
     "enable_jit_checkpoint": Refused("Delete enable_jit_checkpoint=True.", {"enable_jit_checkpoint": True}),
     "bf16_full_eval": Refused("Delete bf16_full_eval=True.", {"bf16_full_eval": True}),
     "fp16_full_eval": Refused("Delete fp16_full_eval=True.", {"fp16_full_eval": True}),
@@ -1220,7 +1248,7 @@ def never_reading_weights() -> Iterator[None]:
 @row("fp16", verdict="refused", note="Also from `accelerate launch`. Use bf16.")
 @row("fsdp", "fsdp_config", "deepspeed", verdict="refused", note="Also the plugins of `accelerate launch`.")
 @row("parallelism_config", verdict="refused", note="`MoEAccelConfig` chooses the layout.")
-@row("use_liger_kernel", "liger_kernel_config", verdict="refused", note="It replaces the forward of the experts.")
+@row("`liger_kernel_config` with `swiglu=True`", verdict="refused", note="It replaces the experts.")
 @row("enable_jit_checkpoint", verdict="refused", note="A signal reaches the ranks at different steps.")
 @row("`accelerator_config` with `even_batches=False`", verdict="refused", note="On several ranks.")
 @row("bf16_full_eval", "fp16_full_eval", verdict="refused", note="On several ranks. `bf16` evaluates in bf16.")

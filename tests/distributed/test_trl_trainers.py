@@ -316,7 +316,7 @@ def refusals(directory: str) -> list[str]:
         ("SFT", {"model_init_kwargs": {"tp_plan": "auto"}}),
         ("SFT", {"model_init_kwargs": {"device_map": "auto"}}),
         ("SFT", {"model_init_kwargs": {"experts_implementation": "eager"}}),
-        ("SFT", {"use_liger_kernel": True}),
+        ("SFT", {"use_liger_kernel": True, "liger_kernel_config": {"swiglu": True}}),
     ):
         with mock.patch("transformers.PreTrainedModel.from_pretrained", side_effect=AssertionError("too late")):
             with pytest.raises(ValueError) as error:

@@ -36,7 +36,7 @@ def main(kind: str, output_dir: str, result: str) -> None:
     model: Any = Adapted("qwen3_moe", torch.bfloat16)
     if kind == "sharded first":
         model = sharded_first
-    arguments = {"max_steps": 6, "use_cpu": False, "bf16": True}
+    arguments = {"max_steps": 6, "use_cpu": False, "bf16": True, "use_liger_kernel": kind == "liger"}
     trainer = make_trainer(trainer_class, output_dir, model=model, arguments=arguments)
     trainer.train()
     trainer.save_model(output_dir)

@@ -44,3 +44,12 @@ def test_as_stock_peft_on_a_gpu(tmp_path: Path) -> None:
         with torch.no_grad():
             logits = [each.eval()(input_ids=ids).logits.float() for each in (adapted, merged)]
         assert torch.allclose(*logits, rtol=5e-2, atol=5e-2)
+
+
+def test_liger_kernels_around_the_experts(tmp_path: Path) -> None:
+    pytest.importorskip("liger_kernel")
+    plain, _ = train(tmp_path, "ours", 1)
+    for ranks in numbers_of_ranks():
+        losses, _ = train(tmp_path, "liger", ranks)
+        print(f"{ranks} ranks, liger: {losses}, without on one: {plain}")
+        assert losses == pytest.approx(plain, rel=1e-2)
