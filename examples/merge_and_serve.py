@@ -33,12 +33,13 @@ if __name__ == "__main__":
         AutoTokenizer.from_pretrained(base).save_pretrained(merged)
         rank = json.loads((per_expert / "adapter_config.json").read_text())["r"]
         max_rank = min(n for n in (1, 8, 16, 32, 64, 128, 256, 320, 512) if n >= rank)  # those that vLLM takes
+        tuned = f"tuned={per_expert}"
         print(f"""\
 The merged model:
   vllm serve {merged} --tensor-parallel-size 2 --enable-expert-parallel
   python -m sglang.launch_server --model-path {merged} --tp-size 2 --ep-size 2
 Its base, and the adapter beside it:
-  vllm serve {base} --tensor-parallel-size 2 --enable-lora --max-lora-rank {max_rank} --lora-modules tuned={per_expert}
-  python -m sglang.launch_server --model-path {base} --tp-size 2 --enable-lora --lora-paths tuned={per_expert}""")
+  vllm serve {base} --tensor-parallel-size 2 --enable-lora --max-lora-rank {max_rank} --lora-modules {tuned}
+  python -m sglang.launch_server --model-path {base} --tp-size 2 --lora-paths {tuned} --lora-strict-loading""")
     if dist.is_initialized():
         dist.destroy_process_group()

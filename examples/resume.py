@@ -1,6 +1,6 @@
 """A run that goes on where it stopped: start it again, also on another number of ranks or with more steps.
 
-python examples/resume.py && python examples/resume.py --steps 40     # a small random model, here: 20 steps, and 20 more
+python examples/resume.py; python examples/resume.py --steps 40     # a small random model, here: 20 steps, 20 more
 torchrun --nproc-per-node 8 examples/resume.py Qwen/Qwen3-30B-A3B --data trl-lib/Capybara --steps 1000
 
 A checkpoint is there whole or not at all, whenever a rank dies, and is verified before it is read.
