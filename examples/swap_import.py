@@ -20,6 +20,8 @@ if __name__ == "__main__":
         cli.model
     )  # each rank reads its own slices; the process group is made
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world_size == 1:
+        model.to(torch.accelerator.current_accelerator() or "cpu")  # several ranks have it where it belongs
     dataset = texts(cli.data).map(lambda row: tokenizer(row["text"], truncation=True, max_length=4096))
     batches = DataLoader(
         dataset.select_columns(["input_ids", "attention_mask"]),

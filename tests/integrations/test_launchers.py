@@ -59,6 +59,8 @@ def stand_ins(tmp_path: Path) -> Callable[..., dict[str, str]]:
     return make
 
 
+# bf16 is TRL's default, and an error on a machine that has no GPU unless it says so.
+ON_CPU = ("--use_cpu", "true")
 PRINT = "printf '%s\\n' \"$@\""
 
 
@@ -84,10 +86,7 @@ def check_sft(arguments: list[str], nodes: int) -> Any:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, MoEAccelConfig))
-    # bf16 is TRL's default, and an error on a machine that has no GPU unless it says so.
-    script, training, model, _, moe = parser.parse_args_and_config(
-        [*flags, "--use_cpu", "true"], fail_with_unknown_args=True
-    )
+    script, training, model, _, moe = parser.parse_args_and_config(flags, fail_with_unknown_args=True)
     assert script.dataset_name and model.model_name_or_path
     assert training.packing and training.max_length == 4096
     topology = ExpertTopology(nodes * int(options.nproc_per_node), QWEN3_EXPERTS, moe.ep_size, moe.dp_replicate_size)
@@ -106,7 +105,7 @@ def test_bash_reads_it(script: Path) -> None:
 def test_torchrun_one_node(stand_ins: Callable[..., dict[str, str]]) -> None:
     script = LAUNCHERS / "torchrun/one_node.sh"
     env = stand_ins(torchrun=PRINT)
-    assert check_sft(arguments_of(script, env=env), nodes=1).standalone
+    assert check_sft(arguments_of(script, *ON_CPU, env=env), nodes=1).standalone
     own = arguments_of(script, "train.py", "--flag", env={**env, "NPROC": "2"})
     assert own == ["--standalone", "--nproc-per-node", "2", "train.py", "--flag"]
 
@@ -114,7 +113,7 @@ def test_torchrun_one_node(stand_ins: Callable[..., dict[str, str]]) -> None:
 def test_torchrun_several_nodes(stand_ins: Callable[..., dict[str, str]]) -> None:
     script = LAUNCHERS / "torchrun/several_nodes.sh"
     env = stand_ins(torchrun=PRINT)
-    options = check_sft(arguments_of(script, env={**env, "HEAD": "node0"}), nodes=2)
+    options = check_sft(arguments_of(script, *ON_CPU, env={**env, "HEAD": "node0"}), nodes=2)
     assert (options.nnodes, options.rdzv_backend, options.rdzv_endpoint) == ("2", "c10d", "node0:29500")
     done = subprocess.run(["bash", script], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "HEAD: is not set" in done.stderr
@@ -173,7 +172,7 @@ def test_sbatch(script: Path, stand_ins: Callable[..., dict[str, str]]) -> None:
     )
     env |= {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[3-4]"}
     env |= {"SLURM_NNODES": options["nodes"], "SLURM_GPUS_ON_NODE": options["gpus-per-node"]}
-    parsed = check_sft(arguments_of(script, env=env), nodes)
+    parsed = check_sft(arguments_of(script, *ON_CPU, env=env), nodes)
     if nodes > 1:
         assert (parsed.nnodes, parsed.rdzv_endpoint, parsed.rdzv_id) == (str(nodes), "node3:23456", "123456")
     assert arguments_of(script, "train.py", env=env)[-1] == "train.py"
@@ -230,7 +229,7 @@ def test_skypilot(stand_ins: Callable[..., dict[str, str]], tmp_path: Path) -> N
     run.write_text(f"set -e\n{task['run']}")
     env = stand_ins(torchrun=PRINT) | {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2"}
     env |= {"SKYPILOT_NUM_GPUS_PER_NODE": "8", "SKYPILOT_TASK_ID": "sky-1", **task["envs"]}
-    options = check_sft(arguments_of(run, env=env), nodes=2)
+    options = check_sft([*arguments_of(run, env=env), *ON_CPU], nodes=2)
     assert (options.rdzv_endpoint, options.rdzv_id) == ("10.0.0.1:29500", "sky-1")
 
 
