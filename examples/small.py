@@ -60,6 +60,30 @@ def small_model() -> str:
     return directory
 
 
+def small_adapter(model: str) -> str:
+    """Writes a LoRA adapter with random factors on attention and experts of `model`; returns its directory."""
+    from peft import LoraConfig, get_peft_model  # here, since the other examples do without
+
+    directory = tempfile.mkdtemp()
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        init_lora_weights=False,
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(directory)
+    return directory
+
+
+def texts(data: str | None) -> Dataset:
+    """Rows of `text`, or whatever `data` holds."""
+    if data:
+        return read(data)
+    pairs = [(i % 10, i // 10 % 10) for i in range(400)]
+    return Dataset.from_list([{"text": f"{a}+{b}={a + b}"} for a, b in pairs])
+
+
 def completions(data: str | None) -> Dataset:
     """Rows of `prompt` and `completion`, or whatever `data` holds."""
     if data:
