@@ -139,7 +139,7 @@ def run_arm(options: argparse.Namespace) -> None:
             max_steps=steps,
             per_device_train_batch_size=batch,
             learning_rate=1e-5,
-            optim="adamw_torch" if cpu else "adamw_torch_fused",
+            optim="adamw_torch_fused",
             gradient_checkpointing=options.checkpointing == "on",
             gradient_checkpointing_kwargs={"use_reentrant": False},
             use_liger_kernel=options.liger == "on",
@@ -202,7 +202,7 @@ def compare(options: argparse.Namespace) -> None:
                 runs.setdefault(arm, []).extend(alternate(__file__, [arm], 1, 0, flags)[arm])
             except SystemExit as failure:
                 # An arm that does not fit into memory says something too, and the others may still run.
-                failed[arm] = str(failure)[-2000:]
+                failed[arm] = str(failure).strip().splitlines()[-1][:300]
                 print(f"{arm} failed: {failed[arm]}", flush=True)
         done = {arm: rows for arm, rows in runs.items() if rows}
         found.append({"cell": cell, "median": medians(done), "runs": done, "failed": failed})
