@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -136,6 +137,8 @@ def _train(kind: str, argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"hf-moe-accel {kind}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE")
     given, options = parser.parse_known_args(argv)
+    if importlib.util.find_spec("trl") is None:
+        parser.error("it needs TRL, which is not installed: pip install 'hf_moe_accel[trl]'")
     if given.config is not None:
         _checked(parser, _set_environment, given.config)
         options = ["--config", given.config, *options]

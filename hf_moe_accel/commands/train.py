@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -200,9 +199,10 @@ def _why_unknown(parser: Any, unknown: Sequence[str]) -> str:
     name = next((word for word in unknown if word.startswith("--")), unknown[0]).partition("=")[0]
     close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
     hint = f"did you mean {close[0]}?" if close else f"`{parser.prog} --help` lists the options."
+    command = parser.prog.split()[-1]
     return (
-        f"{name} is no option of this command: {hint} Those of `accelerate launch` are given to it: `accelerate launch "
-        f"... -m hf_moe_accel.cli {parser.prog.split()[-1]} ...`; on one machine --nproc starts the ranks."
+        f"{name} is no option of this command: {hint} On one machine --nproc starts the ranks; options of accelerate "
+        f"go in front: `accelerate launch ... -m hf_moe_accel.cli {command} ...`."
     )
 
 
@@ -253,17 +253,18 @@ def find_accelerate_config(name: str) -> Path:
     Raises:
         ValueError: there is none, or it wants another way of sharding.
     """
-    shipped = Path(str(resources.files("trl.accelerate_configs")))
-    path = Path(name) if Path(name).is_file() else shipped / f"{name}.yaml"
+    path = Path(name)
+    if not path.is_file():
+        path = Path(trl.__file__).parent / "accelerate_configs" / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"--accelerate_config {name} is no file and none of TRL's configurations.")
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError(f"--accelerate_config {name} holds no settings.")
     wanted = str(config.get("distributed_type", "NO"))
-    if wanted not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+    if wanted not in ("NO", "MULTI_GPU"):
         raise ValueError(
-            f"--accelerate_config {name} asks for {wanted}, but the weights are sharded by hf_moe_accel: leave it out "
+            f"--accelerate_config {name} asks for {wanted}, but how ranks share the work is chosen here: leave it out "
             f"and start the ranks with --nproc {config.get('num_processes', 8)} (or fewer, one a GPU); --ep_size and "
             "--dp_replicate_size change the layout."
         )
@@ -326,14 +327,16 @@ def make_trainer(kind: str, arguments: Arguments) -> Any:
     if training.eval_strategy != "no":
         evaluation = _split(splits, script.dataset_test_split, "--dataset_test_split")
     trainer_class = getattr(hf_moe_accel, f"AcceleratedMoE{TASKS[kind][1]}Trainer")
-    return trainer_class(
-        model=model.model_name_or_path,
-        args=training,
-        train_dataset=_split(splits, script.dataset_train_split, "--dataset_train_split"),
-        eval_dataset=evaluation,
-        peft_config=trl.get_peft_config(model),
-        moe_config=arguments.moe,
-    )
+    options = {
+        "train_dataset": _split(splits, script.dataset_train_split, "--dataset_train_split"),
+        "eval_dataset": evaluation,
+        "peft_config": trl.get_peft_config(model),
+        "moe_config": arguments.moe,
+    }
+    try:
+        return trainer_class(model.model_name_or_path, args=training, **options)
+    except OSError as error:  # without the network it does not say what could not be read
+        raise OSError(f"--model_name_or_path {model.model_name_or_path}: {error}") from error
 
 
 def run(trainer: Any, arguments: Arguments) -> None:
