@@ -39,7 +39,7 @@ checkpoints of the run.
 exit code:
   0  trained and saved
   1  training failed
-  2  an option, the data or the model do not fit; no weight was read
+  2  an option, the data or the model do not fit; nothing was trained
 
 examples:
   hf-moe-accel {kind} --model_name_or_path Qwen/Qwen3-30B-A3B --dataset_name {data} --nproc 8

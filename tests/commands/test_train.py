@@ -269,7 +269,8 @@ def test_help_teaches(kind: str) -> None:
 def test_what_is_wrong_with_the_file_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("packing: [")
-    code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; from hf_moe_accel.cli import main; main()"
+    blocked = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None"
+    code = f"{blocked}; from hf_moe_accel.cli import main; main()"
     for name, problem in (("nowhere.yaml", "No such file"), (str(file), "while parsing a flow node")):
         command = [sys.executable, "-c", code, "sft", "--config", name]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
