@@ -23,8 +23,8 @@ from hf_moe_accel.launch import BAD_INPUT, STARTED, join
 from hf_moe_accel.log import say
 
 DESCRIPTION = """\
-{task}, with the experts spread over the GPUs. Options, YAML files and mixtures of data sets are those of `trl {kind}`:
-an existing command runs with the word changed.
+{task}, with the experts spread over the GPUs.
+Options, YAML files and mixtures of data sets are those of `trl {kind}`: a command runs with the word changed.
 
 Every option can stand in the YAML file instead, under its name; what is given here wins. The file's section `env:`
 holds environment variables. --dataset_name is a hub id, a directory, or a file (.jsonl, .json, .csv or .parquet).
@@ -130,9 +130,9 @@ def train(kind: str, argv: Sequence[str]) -> int:
     """
     parser = make_parser(kind)
     try:
-        launcher = join()
+        check_alone(argv)
         arguments = parse(parser, argv)
-        if must_start(arguments, launcher):
+        if must_start(arguments):
             start(kind, argv, arguments.launch)
         trainer = make_trainer(kind, arguments)
     except (OSError, ValueError) as error:
@@ -165,6 +165,24 @@ def make_parser(kind: str) -> Any:
     )
     parser.dataclass_types = list(groups.values())
     return parser
+
+
+def check_alone(argv: Sequence[str]) -> None:
+    """Join the ranks of a launcher, which the options must not ask for as well.
+
+    Before the other options are read: training arguments wait for all ranks, and these may never come.
+
+    Raises:
+        ValueError: they do.
+    """
+    parser = trl.TrlParser([LaunchArguments], add_help=False, allow_abbrev=False)
+    launch, _ = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    launcher = join()
+    if launcher is not None and launch.given is not None and STARTED not in os.environ:
+        raise ValueError(
+            f"{launch.given} would start ranks, but {launcher} has started this process as one of several already: "
+            "delete the option (from the YAML file too), or start the command by itself."
+        )
 
 
 def parse(parser: Any, argv: Sequence[str]) -> Arguments:
@@ -206,20 +224,15 @@ def _why_unknown(parser: Any, unknown: Sequence[str]) -> str:
     )
 
 
-def must_start(arguments: Arguments, launcher: str | None) -> bool:
+def must_start(arguments: Arguments) -> bool:
     """Whether this process shall start others, and not be one of them.
 
     Raises:
-        ValueError: it shall, but is one of others, or there are fewer GPUs than ranks.
+        ValueError: there are fewer GPUs than ranks.
     """
     launch, num_ranks = arguments.launch, arguments.launch.num_ranks
     if launch.given is None or STARTED in os.environ:
         return False
-    if launcher is not None:
-        raise ValueError(
-            f"{launch.given} would start ranks, but {launcher} has started this process as one of several already: "
-            "delete the option (from the YAML file too), or start the command by itself."
-        )
     num_gpus = 0 if arguments.training.use_cpu else torch.cuda.device_count()
     if num_ranks and 0 < num_gpus < num_ranks:
         raise ValueError(

@@ -383,14 +383,14 @@ def test_when_ranks_are_started(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     arguments: Any = train.Arguments(None, None, None, OnGPUs(), MoEAccelConfig(), train.LaunchArguments(nproc))
-    assert train.must_start(arguments, None) == starts
+    assert train.must_start(arguments) == starts
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     arguments: Any = train.Arguments(None, None, None, OnGPUs(), MoEAccelConfig(), train.LaunchArguments(8))
     with pytest.raises(ValueError, match="--nproc 8 is more than this machine's GPUs, 4"):
-        train.must_start(arguments, None)
+        train.must_start(arguments)
 
 
 @pytest.mark.parametrize("option", ["--nproc 2", "--num_processes 2", "--accelerate_config multi_gpu"])
@@ -407,17 +407,9 @@ def test_under_a_launcher_no_ranks_are_started(
                 environment.delenv(name)
             for name, value in variables.items():
                 environment.setenv(name, value)
-            # A process group of several ranks, of which there is one only.
-            environment.setattr(train, "parse", lambda *_: parsed(option))
             assert main(["sft", *option.split()]) == 2
         said = capsys.readouterr().err
         assert f"{option} would start ranks, but {launcher}" in said
-
-
-def parsed(option: str) -> Any:
-    name, value = option.removeprefix("--").split()
-    given = train.LaunchArguments(**{name: int(value) if value.isdecimal() else value})
-    return train.Arguments(None, None, None, OnGPUs(), MoEAccelConfig(), given)
 
 
 @pytest.mark.slow
