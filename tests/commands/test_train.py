@@ -135,8 +135,12 @@ def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_sft_as_published_is_the_trainer_called_directly(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = "--eos_token '<eos>' --eval_steps 3 --max_length 32"
-    done = run_cli(*changed(SFT, inputs, out, "SFT", more), env={"HF_HOME": str(tmp_path)})
+    file = tmp_path / "run.yaml"
+    # Read while libraries are imported.
+    file.write_text(yaml.safe_dump({"env": {"HF_HOME": str(tmp_path / "home")}}))
+    done = run_cli(*changed(SFT, inputs, out, "SFT", more), f"--config={file}")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "home" / "datasets").is_dir()
     assert f"saved to {out}" in done.stderr
 
     trainer = AcceleratedMoESFTTrainer(
@@ -173,7 +177,6 @@ def test_dpo_file_as_published_starts_its_ranks(inputs: Path, tmp_path: Path) ->
         "model_name_or_path": str(inputs / "model"),
         "dataset_name": str(inputs / "preferences"),
         "num_processes": 2,
-        # Read while libraries are imported.
         "env": {"HF_HOME": str(tmp_path / "home")},
         "use_peft": True,
         "lora_target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"],
@@ -182,7 +185,7 @@ def test_dpo_file_as_published_starts_its_ranks(inputs: Path, tmp_path: Path) ->
     }
     file = tmp_path / "dpo_config.yaml"
     file.write_text(yaml.safe_dump(settings))
-    done = run_cli("dpo", f"--config={file}", *HERE.split(), "--max_steps", "2", "--learning_rate", "1e-3")
+    done = run_cli("dpo", "--config", str(file), *HERE.split(), "--max_steps", "2", "--learning_rate", "1e-3")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Starting 2 ranks" in done.stdout
     assert "ep 2 x efsdp 1" in done.stderr and "all_to_all" in done.stderr
