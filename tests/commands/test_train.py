@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -223,6 +224,22 @@ def test_as_published(
         model, info = auto.from_pretrained(out, output_loading_info=True)
         assert model.dtype == (torch.bfloat16 if "bfloat16" in more else torch.float32)
         assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_it_goes_on_from_the_newest_checkpoint(inputs: Path, tmp_path: Path) -> None:
+    """And reads its data as a stream."""
+    file, out = tmp_path / "run.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({"resume_from_checkpoint": True}))
+    command = changed(
+        SFT, inputs, out, "SFT", "--gradient_accumulation_steps 1 --eval_strategy no --eos_token '<eos>'"
+    )
+    command += ["--dataset_streaming", "--packing", "false", "--save_steps", "2"]
+    assert main(command) == 0
+    expected = without_times(log_in(out))
+    shutil.rmtree(out / "checkpoint-3")
+    assert main([*command, "--config", str(file)]) == 0
+    assert_close(without_times(log_in(out))[-1]["loss"], expected[-1]["loss"], "training")
+    assert [entry["step"] for entry in log_in(out)] == [1, 2, 3]
 
 
 def test_a_mixture_of_files_and_directories(inputs: Path, tmp_path: Path) -> None:
