@@ -330,7 +330,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no such model": ({"model_name_or_path": "nowhere/at-all"}, "nowhere/at-all"),
     "the layout": ({"token_dispatcher": "all_to_all"}, "token_dispatcher='all_to_all' needs ep_size > 1"),
-    "the arguments": ({"use_liger_kernel": True}, "use_liger_kernel=True is not supported"),
+    "the arguments": ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
 }
 
 
