@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,20 +103,67 @@ examples:
   hf-moe-accel merge models/base my-adapter /data/merged"""
 
 
+# What TRL's parser reads: it knows hundreds of options, and takes seconds to import.
+TRAINING = {
+    "sft": "supervised fine-tuning on texts, chats, or prompts with completions",
+    "dpo": "preference training on pairs of a chosen and a rejected answer",
+    "kto": "preference training on answers that are each called good or bad",
+    "reward": "train a model that scores answers, on pairs of a chosen and a rejected one",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in TRAINING:
+        return _train(argv[0], argv[1:])
     parser = argparse.ArgumentParser(
         prog="hf-moe-accel",
         description="Fine-tune Hugging Face mixture-of-experts models with expert parallelism.",
         epilog="hf-moe-accel COMMAND --help explains a command.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, task in TRAINING.items():
+        commands.add_parser(name, help=f"{task}; options and files of `trl {name}`")
     _add_demo(commands)
     _add_checkpoint(commands)
     _add_merge(commands)
     arguments = parser.parse_args(argv)
     code: int = arguments.run(arguments)
     return code
+
+
+def _train(kind: str, argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"hf-moe-accel {kind}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE")
+    given, options = parser.parse_known_args(argv)
+    if importlib.util.find_spec("trl") is None:
+        parser.error("it needs TRL, which is not installed: pip install 'hf_moe_accel[trl]'")
+    if given.config is not None:
+        _checked(parser, _set_environment, given.config)
+        options = ["--config", given.config, *options]
+
+    from hf_moe_accel.commands.train import train
+
+    return train(kind, options)
+
+
+def _set_environment(file: str) -> None:
+    """Set the variables of a YAML file's `env:`; libraries read some of them while they are imported.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from error
+    variables = settings.get("env", {}) if isinstance(settings, dict) else None
+    if not isinstance(variables, dict):
+        raise ValueError(f"--config {file} must hold `option: value` lines, and under `env:` more of them.")
+    os.environ |= {name: str(value) for name, value in variables.items()}
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

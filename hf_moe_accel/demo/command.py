@@ -16,6 +16,7 @@ import torch
 from hf_moe_accel.demo.history import History
 from hf_moe_accel.demo.options import DemoOptions, OutputFiles
 from hf_moe_accel.demo.plots import draw_history
+from hf_moe_accel.launch import launch
 
 if TYPE_CHECKING:
     from hf_moe_accel.demo.reload import ReloadCheck, ReloadedCheckpoint
@@ -61,7 +62,7 @@ def run_demo(options: DemoOptions) -> int:
         from hf_moe_accel.demo.job import train
 
         train(options)
-    elif not _launch(options, num_ranks):
+    elif launch(num_ranks, "hf_moe_accel.demo.job", [json.dumps(dataclasses.asdict(options))]):
         print("The training job failed: the errors of its ranks are above.", file=sys.stderr)
         return 1
     if not is_main:
@@ -78,24 +79,6 @@ def run_demo(options: DemoOptions) -> int:
     print(_summary(history, check, files, time.monotonic() - started))
     print(completions)
     return _verdict(history, check)
-
-
-def _launch(options: DemoOptions, num_ranks: int) -> bool:
-    """Run the training job on this machine's ranks and return whether all of them ended well."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    job = ["-m", "hf_moe_accel.demo.job", json.dumps(dataclasses.asdict(options))]
-    print(f"Starting {num_ranks} rank{'s' if num_ranks > 1 else ''}", flush=True)
-    try:
-        torchrun(["--standalone", "--nproc-per-node", str(num_ranks), *job])
-    except ChildFailedError:
-        return False
-    except SignalException as interruption:  # torchrun has ended the ranks by now
-        raise SystemExit(128 + interruption.sigval) from interruption
-    return True
 
 
 def _summary(history: History, check: ReloadCheck, files: OutputFiles, seconds: float) -> str:

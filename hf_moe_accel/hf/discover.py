@@ -31,6 +31,12 @@ WHAT_WORKS = (
     "Models whose experts carry transformers' `use_experts_implementation` work: Qwen3-MoE, Mixtral, DeepSeek, "
     "GPT-OSS, OLMoE, GLM-4-MoE, Granite-MoE, Nemotron-H and about 80 more."
 )
+NO_QUANTIZED = (
+    "quantized models (quantization_config) are not supported, also not as a frozen base of adapters (QLoRA: "
+    "bitsandbytes leaves the experts in 16 bits anyway, since they are no linear layers). Load the model without "
+    "quantization_config and train LoRA on it. If the checkpoint itself is quantized, have transformers dequantize it "
+    "once, save that, and load it instead (for GPT-OSS: quantization_config=Mxfp4Config(dequantize=True))."
+)
 
 
 @dataclass(frozen=True)
@@ -94,13 +100,7 @@ def refuse_quantized(model: Any) -> None:
         ValueError: it is.
     """
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(
-            "quantized models (quantization_config) are not supported, also not as a frozen base of adapters (QLoRA: "
-            "bitsandbytes leaves the experts in 16 bits anyway, since they are no linear layers). Load the model "
-            "without quantization_config and train LoRA on it. If the checkpoint itself is quantized, have "
-            "transformers dequantize it once, save that, and load it instead (for GPT-OSS: "
-            "quantization_config=Mxfp4Config(dequantize=True))."
-        )
+        raise ValueError(NO_QUANTIZED)
 
 
 def why_not_standard(model: nn.Module) -> str | None:

@@ -26,8 +26,9 @@ def refuse_arguments(args: Any) -> None:
         )
     if args is not None and args.n_gpu > 1:
         raise ValueError(
-            f"this one process sees {args.n_gpu} GPUs, over which Trainer would split each batch (DataParallel): use "
-            f"`torchrun --nproc-per-node {args.n_gpu}`, one process a GPU, or show it one (CUDA_VISIBLE_DEVICES=0)."
+            f"this one process sees {args.n_gpu} GPUs, over which Trainer would split each batch (DataParallel): "
+            f"start one process a GPU (`--nproc {args.n_gpu}` of hf-moe-accel's commands, or `torchrun "
+            f"--nproc-per-node {args.n_gpu}`), or show it one (CUDA_VISIBLE_DEVICES=0)."
         )
     for line, reason in _of_any_run(args) if args is not None else ():
         raise ValueError(f"{line} is not supported for mixture-of-experts models: {reason}. Delete {line}.")
