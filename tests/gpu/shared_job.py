@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor
 
 from hf_moe_accel import MoEAccelConfig, prepare_moe_model
@@ -82,6 +83,7 @@ def covered(name: str, chunks: int | str) -> str:
     return f"{shared:.0f} of {total:.0f} us"
 
 
+@record
 def main(name: str) -> None:
     rank, world_size, devices = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.cuda.device_count()
     device = torch.device("cuda", rank % devices)
