@@ -12,7 +12,7 @@ from tests.helpers.ranks import launch
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen2_moe"])
 def test_results_are_those_without_overlap(name: str) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
     done = launch(["-m", "tests.gpu.shared_job", name], 2, timeout=300, env={"CUDA_VISIBLE_DEVICES": visible})
