@@ -124,7 +124,8 @@ def prepare_moe_model(
         config.check_tokens,
     )
     bind(base, found, runtime)
-    if setup.topology.ep_size > 1 and runtime.chunks.wanted != 1:
+    if setup.topology.ep_size > 1 and runtime.chunks.wanted not in ("auto", 1):
+        # Not by "auto" before GPUs have shown what it gains.
         overlap_shared(base, found)
         reason = why_not_shared(base, found)
         if reason is not None:
