@@ -33,6 +33,7 @@ from hf_moe_accel.hf.export import MAX_SHARD_SIZE, export_and_upload, prepare_ex
 from hf_moe_accel.hf.install import bind
 from hf_moe_accel.hf.keys import original_classes
 from hf_moe_accel.hf.loading import distributed_config, flatten_expert_mesh, is_sharded, shard_in_place
+from hf_moe_accel.hf.shared import overlap_shared, why_not_shared
 from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.registry import Registry
 from hf_moe_accel.runtime import MoERuntime, runtime_of
@@ -123,6 +124,12 @@ def prepare_moe_model(
         config.check_tokens,
     )
     bind(base, found, runtime)
+    if setup.topology.ep_size > 1 and runtime.chunks.wanted not in ("auto", 1):
+        # Not by "auto" before GPUs have shown what it gains.
+        overlap_shared(base, found)
+        reason = why_not_shared(base, found)
+        if reason is not None:
+            setup = replace(setup, notes=(*setup.notes, f"shared experts while tokens travel: {reason}"))
     runtime.follow(base)
     keep_exchanges_when_checkpointing(base)
     base.moe_runtime = runtime

@@ -110,9 +110,9 @@ class TokenDispatcher(ABC):
         """
 
     def most_tokens(self, plan: Any) -> int | None:
-        """The most tokens that a rank of the EP group holds, where making the plan has told all ranks; else None.
+        """The most tokens that a rank of the EP group holds; None where the ranks do not tell each other.
 
-        `overlap_chunks="auto"` cuts by it, and not at all without it.
+        All ranks of the EP group must call, or none. `overlap_chunks="auto"` cuts by it, and not at all without it.
         """
         return None
 

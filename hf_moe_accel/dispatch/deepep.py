@@ -7,10 +7,13 @@
     combine             send results back, summed        combine_backward    send gradients, as rows were sent
 
 The host waits once a chunk, and with V2 once more ahead of all (see [Note: route before rows]); all of it in `plan`.
+V2's wait is for the most tokens of a rank, by which its buffer is sized. V1 asks for that only where `overlap_chunks`
+is "auto", which cuts by it.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any, Self
@@ -47,10 +50,11 @@ class ChunkPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class DeepEPPlan:
-    """The plan of a forward: one entry a chunk."""
+    """The plan of a forward: one entry a chunk. most_tokens: that a rank of the group holds, where all know."""
 
     chunks: tuple[ChunkPlan, ...]
     num_local_experts: int
+    most_tokens: int | None
 
 
 class DeepEPDispatcher(TokenDispatcher):
@@ -101,13 +105,22 @@ class DeepEPDispatcher(TokenDispatcher):
         """Allocate the buffer, where it is not there yet, and route each chunk."""
         local = num_experts // self.group.size()
         parts = ids_TK.tensor_split(chunks)
-        # The first chunk is never the smaller one.
-        self.link.make_room(parts[0].size(0), ids_TK.size(1), ids_TK.device)
+        most_tokens = None
+        if self.link.is_sized_by_tokens:
+            most_tokens = self.link.most_tokens(ids_TK.size(0), ids_TK.device)
+        self.link.make_room(math.ceil((most_tokens or 0) / chunks), ids_TK.size(1))
         plans, first = [], 0
         for part in parts:
             plans.append(self._plan_chunk(part, num_experts, first))
             first += part.size(0)
-        return DeepEPPlan(chunks=tuple(plans), num_local_experts=local)
+        return DeepEPPlan(chunks=tuple(plans), num_local_experts=local, most_tokens=most_tokens)
+
+    def most_tokens(self, plan: DeepEPPlan) -> int:
+        """What making the plan told, or now all ranks tell each other."""
+        if plan.most_tokens is not None:
+            return plan.most_tokens
+        mine = sum(part.num_tokens for part in plan.chunks)
+        return self.link.most_tokens(mine, plan.chunks[0].slot_of_P.device)
 
     def _plan_chunk(self, ids_TK: Tensor, num_experts: int, first_token: int) -> ChunkPlan:
         handle, ids_NK, num_pairs = self.link.route(ids_TK, num_experts)

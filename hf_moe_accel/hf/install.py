@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe_accel.experts.base import ExpertWeights
 from hf_moe_accel.moe import forward as token_path
+from hf_moe_accel.moe.deferred import may_defer
 
 if TYPE_CHECKING:
     from hf_moe_accel.hf.discover import FoundExperts
@@ -52,6 +53,7 @@ class Binding:
         self._projections = found.parameters[:2]
         self._runtime = runtime
         self._layer = layer
+        self.meanwhile: Callable[[], None] | None = None  # what may run while tokens travel: see hf/shared
 
     def __call__(self, module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Run the token path on (.., D) hidden states with (.., K) expert numbers and routing weights."""
@@ -70,6 +72,7 @@ class Binding:
             parameters,
             self._runtime,
             self._layer,
+            self.meanwhile if may_defer() else None,
         )
         # FSDP2 warns of outputs that are views, since its hook is lost when they are written into.
         return out if hidden.dim() == 2 else out.reshape(hidden.shape)

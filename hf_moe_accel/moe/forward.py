@@ -1,9 +1,15 @@
-"""The token path: dispatch, compute, combine, in the one autograd.Function; `moe/overlap` orders them in chunks.
+"""The token path: dispatch, compute, combine; `moe/overlap` orders them in chunks.
 
     ids_TK ---plan--->  who sends what (the one host sync)
     x_TD, weights_TK ---dispatch--->  x_ND, weights_R by expert ---experts--->  y_ND ---combine--->  out_TD
     backward:  grad_TD ---combine_backward---> grad_ND ---experts---> rows' gradients ---dispatch_backward--->
                                                               (weights' gradients while they travel)
+
+[Note: two nodes]
+A layer is two autograd functions, so that other work can run between the launch of a transfer and the wait for it:
+`_TokenPath` launches the combine, `_Arrival` waits for it; in the backward pass `_Arrival` launches its transpose and
+`_TokenPath` waits for that. Autograd runs the node that was made last first. So whatever the model computes between
+the two, here the shared experts (`hf/shared`), has its backward pass between them as well.
 
 Shape letters: the legend of `ops/permutation`.
 
@@ -15,25 +21,29 @@ no copy, view list or pointer), the received rows, the index tensors, and what t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_moe_accel.dispatch.base import TokenDispatcher
+from hf_moe_accel.dispatch.base import Pending, TokenDispatcher
 from hf_moe_accel.experts.base import ExpertBackend, ExpertsSpec, ExpertWeights, NeededGrads, Scalings
 from hf_moe_accel.moe.check import check_tokens
+from hf_moe_accel.moe.deferred import Deferred
 from hf_moe_accel.moe.overlap import (
     ChunkChoice,
     LayerPass,
+    Place,
     compute_again,
     send_and_compute,
     send_and_compute_backward,
 )
-from hf_moe_accel.moe.replay import Exchange, current_region
+from hf_moe_accel.moe.replay import current_region
 from hf_moe_accel.moe.stats import RoutingStats
 
 
@@ -61,6 +71,7 @@ def forward(
     weights: ExpertWeights,
     runtime: Runtime,
     layer: int,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
     """The output of the experts for this rank's tokens.
 
@@ -74,13 +85,16 @@ def forward(
         weights: this rank's parameters, plain tensors.
         runtime: dispatcher, backend and what watches them.
         layer: the number of the layer among the model's MoE layers.
+        meanwhile: given, the result is `Deferred`: before it is waited for, this is called.
 
     Returns:
         [T, D] in the dtype of `x_TD`.
     """
     dtype = _compute_dtype(weights.up)
+    under_way = _UnderWay()
     with torch.autocast(x_TD.device.type, enabled=False):
-        out: Tensor = _TokenPath.apply(  # type: ignore[no-untyped-call]
+        ticket: Tensor = _TokenPath.apply(  # type: ignore[no-untyped-call]
+            under_way,
             spec,
             runtime,
             layer,
@@ -92,7 +106,15 @@ def forward(
             weights_TK,
             *weights.flat(),
         )
-    return out
+
+    def arrive() -> Tensor:
+        if meanwhile is not None:
+            meanwhile()
+        with torch.autocast(x_TD.device.type, enabled=False):
+            out: Tensor = _Arrival.apply(under_way, ticket)  # type: ignore[no-untyped-call]
+        return out
+
+    return arrive() if meanwhile is None else Deferred(arrive, x_TD, requires_grad=ticket.requires_grad)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -103,10 +125,51 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+class _UnderWay:
+    """What one of a layer's two nodes launches and the other waits for.
+
+    Attributes:
+        result: in the forward pass: waits, and returns the result [T, D] in the dtype of the model.
+        plan: of the exchange.
+        dispatcher: that makes it.
+        dtype: in which gradients travel.
+        gradient: in the backward pass: the gradient of the result, in `dtype`, and its first chunk under way.
+    """
+
+    result: Callable[[], Tensor] | None
+    plan: Any
+    dispatcher: TokenDispatcher
+    dtype: torch.dtype
+    gradient: tuple[Tensor, Pending[Tensor]] | None
+
+
+class _Arrival(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, under_way: _UnderWay, ticket: Tensor) -> Tensor:
+        assert under_way.result is not None
+        result, under_way.result = under_way.result, None
+        tensors, skeleton = _take_tensors(under_way.plan)
+        under_way.plan = None
+        ctx.save_for_backward(*tensors)
+        ctx.call = (under_way, skeleton)
+        return result()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[None, Tensor]:
+        under_way, skeleton = ctx.call
+        plan = _put_tensors(skeleton, iter(ctx.saved_tensors))
+        with torch.autocast(grad_TD.device.type, enabled=False):
+            grad = grad_TD.to(under_way.dtype).contiguous()
+            under_way.gradient = (grad, under_way.dispatcher.combine_backward(grad, plan, 0))
+        return None, grad_TD.new_empty(0)
+
+
 class _TokenPath(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        under_way: _UnderWay,
         spec: ExpertsSpec,
         runtime: Runtime,
         layer: int,
@@ -129,42 +192,46 @@ class _TokenPath(torch.autograd.Function):
         step = runtime.step_of(layer, again=again)
         if runtime.check_tokens:
             check_tokens(x_TD, ids_TK, spec.num_experts, f"step {step}, layer {layer}")
-        call = LayerPass(spec, runtime, layer, step, _cast(parameters, dtype, scalings))
+        call = LayerPass(Place(runtime, layer, step), spec, _cast(parameters, dtype, scalings))
         if kept is not None:
             plan, rows = kept.plan, kept.rows
             saved = compute_again(call, rows)
-            out_TD = kept.out_TD.clone()
+            result = kept.out_TD.clone
         else:
             if counts:
                 runtime.stats.add(layer, ids_TK)
             chunks = runtime.chunks.of(layer, dispatcher)
             with runtime.waiting(step, layer, "forward, plan"):
                 plan = dispatcher.plan(ids_TK, spec.num_experts, chunks)
-            runtime.chunks.learn(dispatcher.most_tokens(plan))
-            y_TD, rows, saved = send_and_compute(call, x_TD.to(dtype), weights_TK, plan, chunks)
-            out_TD = y_TD.to(x_TD.dtype)
-            if region is not None:
-                region.keep(ids_TK, Exchange(plan, rows, out_TD))
+                runtime.chunks.learn(dispatcher, plan)
+            finish, rows, saved = send_and_compute(call, x_TD.to(dtype), weights_TK, plan, chunks)
+            keep = None if region is None else partial(region.keep, ids_TK, plan, rows)
+            result = partial(_result, finish, x_TD.dtype, keep)
+        under_way.result, under_way.plan = result, plan
+        under_way.dispatcher, under_way.dtype = dispatcher, dtype
 
         tensors, skeleton = _take_tensors((plan, rows, saved))
         ctx.save_for_backward(*tensors, *parameters)
-        ctx.call = (spec, runtime, layer, step, dtype, scalings, skeleton, len(tensors))
+        ctx.call = (under_way, spec, runtime, layer, step, dtype, scalings, skeleton, len(tensors))
         ctx.dtypes = (x_TD.dtype, weights_TK.dtype)
-        return out_TD
+        return x_TD.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        spec, runtime, layer, step, dtype, scalings, skeleton, num_tensors = ctx.call
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        under_way, spec, runtime, layer, step, dtype, scalings, skeleton, num_tensors = ctx.call
+        (grad_TD, first), under_way.gradient = under_way.gradient, None
         kept = ctx.saved_tensors
         parameters = kept[num_tensors:]
         plan, rows, saved = _put_tensors(skeleton, iter(kept[:num_tensors]))
-        call = LayerPass(spec, runtime, layer, step, _cast(parameters, dtype, scalings))
-        need_x, _, need_routing, *train = ctx.needs_input_grad[6:]
+        place = Place(runtime, layer, step)
+        call = LayerPass(place, spec, _cast(parameters, dtype, scalings))
+        need_x, _, need_routing, *train = ctx.needs_input_grad[7:]
         with torch.autocast(grad_TD.device.type, enabled=False):
             grad_x_TD, grad_weights_TK, of_weights = send_and_compute_backward(
                 call,
-                grad_TD.to(dtype).contiguous(),
+                grad_TD,
+                first,
                 plan,
                 rows,
                 saved,
@@ -179,12 +246,19 @@ class _TokenPath(torch.autograd.Function):
                     of_weights = of_weights._replace(post_norm=runtime.dispatcher.sum_over_ep(of_weights.post_norm))
         x_dtype, routing_dtype = ctx.dtypes
         return (
-            *(None,) * 6,
+            *(None,) * 7,
             None if grad_x_TD is None else grad_x_TD.to(x_dtype),
             None,
             None if grad_weights_TK is None else grad_weights_TK.to(routing_dtype),
             *(None if g is None else g.to(p.dtype) for g, p in zip(of_weights.flat(), parameters, strict=True)),
         )
+
+
+def _result(finish: Callable[[], Tensor], dtype: torch.dtype, keep: Callable[[Tensor], None] | None) -> Tensor:
+    out_TD = finish().to(dtype)
+    if keep is not None:
+        keep(out_TD)
+    return out_TD
 
 
 def _cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype, scalings: Scalings) -> ExpertWeights:

@@ -15,6 +15,7 @@ Interleaving chunks of a layer's tokens follows FasterMoE (https://doi.org/10.11
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -64,9 +65,10 @@ class ChunkChoice:
             return 1
         return max(1, min(MOST_CHUNKS, self._most_tokens // TOKENS_OF_A_CHUNK))
 
-    def learn(self, most_tokens: int | None) -> None:
-        """Note what an exchange of counts told."""
-        self._most_tokens = most_tokens
+    def learn(self, dispatcher: TokenDispatcher, plan: Any) -> None:
+        """Note what an exchange of counts told. All ranks of the EP group must call."""
+        if self.wanted == "auto":
+            self._most_tokens = dispatcher.most_tokens(plan)
 
 
 class Watched(Protocol):
@@ -79,14 +81,12 @@ class Watched(Protocol):
         """Marks a wait for other ranks."""
 
 
-class LayerPass(NamedTuple):
-    """One layer in one step, in either direction. weights: in the dtype to compute in."""
+class Place(NamedTuple):
+    """One layer in one step."""
 
-    spec: ExpertsSpec
     runtime: Watched
     layer: int
     step: int
-    weights: ExpertWeights
 
     def wait(self, pending: Pending[Any], direction: str, chunk: int, chunks: int) -> Any:
         """Wait for one chunk's transfer, known to the watchdog."""
@@ -95,10 +95,18 @@ class LayerPass(NamedTuple):
             return pending.wait()
 
 
+class LayerPass(NamedTuple):
+    """A pass over a layer, in either direction. weights: in the dtype to compute in."""
+
+    place: Place
+    spec: ExpertsSpec
+    weights: ExpertWeights
+
+
 def send_and_compute(
     call: LayerPass, x_TD: Tensor, weights_TK: Tensor, plan: Any, chunks: int
-) -> tuple[Tensor, tuple[Dispatched, ...], Saved]:
-    """The forward pass of a layer. All ranks of the EP group must call.
+) -> tuple[Callable[[], Tensor], tuple[Dispatched, ...], Saved]:
+    """The forward pass of a layer, up to the wait for the last of its result. All ranks of the EP group must call.
 
     Args:
         call: which layer.
@@ -108,9 +116,11 @@ def send_and_compute(
         chunks: how many.
 
     Returns:
-        ([T, D] the result, the rows of each chunk, what the backend keeps of each chunk).
+        (waits for the last chunk and returns the result [T, D], to be called once; the rows of each chunk; what the
+        backend keeps of each chunk).
     """
-    dispatcher, backend = call.runtime.dispatcher, call.runtime.backend
+    place = call.place
+    dispatcher, backend = place.runtime.dispatcher, place.runtime.backend
     arriving = [dispatcher.dispatch(x_TD, weights_TK, plan, 0)]
     returning: list[Pending[Tensor]] = []
     rows: list[Dispatched] = []
@@ -119,24 +129,30 @@ def send_and_compute(
     for i in range(chunks):
         if i + 1 < chunks:
             arriving.append(dispatcher.dispatch(x_TD, weights_TK, plan, i + 1))
-        rows.append(call.wait(arriving[i], "forward, dispatch", i, chunks))
+        rows.append(place.wait(arriving[i], "forward, dispatch", i, chunks))
         y_ND, kept = backend.forward(call.spec, call.weights, rows[i])
         saved.append(kept)
         returning.append(dispatcher.combine(y_ND, plan, i))
         if i > 0:
-            out.append(call.wait(returning[i - 1], "forward, combine", i - 1, chunks))
-    out.append(call.wait(returning[-1], "forward, combine", chunks - 1, chunks))
-    return _joined(out), tuple(rows), tuple(saved)
+            out.append(place.wait(returning[i - 1], "forward, combine", i - 1, chunks))
+
+    def finish() -> Tensor:
+        out.append(place.wait(returning[-1], "forward, combine", chunks - 1, chunks))
+        joined: Tensor = _joined(out)
+        return joined
+
+    return finish, tuple(rows), tuple(saved)
 
 
 def compute_again(call: LayerPass, rows: tuple[Dispatched, ...]) -> Saved:
     """What the backend keeps of each chunk, from the rows that arrived before. Sends nothing."""
-    return tuple(call.runtime.backend.forward(call.spec, call.weights, of_chunk)[1] for of_chunk in rows)
+    return tuple(call.place.runtime.backend.forward(call.spec, call.weights, of_chunk)[1] for of_chunk in rows)
 
 
 def send_and_compute_backward(
     call: LayerPass,
     grad_TD: Tensor,
+    first: Pending[Tensor],
     plan: Any,
     rows: tuple[Dispatched, ...],
     saved: Saved,
@@ -151,6 +167,7 @@ def send_and_compute_backward(
     Args:
         call: which layer.
         grad_TD: [T, D] gradient of the result, in the dtype to compute in.
+        first: of the first chunk, `combine_backward`, under way.
         plan: of the forward pass.
         rows: of each chunk, from the forward pass.
         saved: of each chunk, from the forward pass.
@@ -162,16 +179,17 @@ def send_and_compute_backward(
     Returns:
         ([T, D] or None, [T, K] fp32 or None, the sum over the chunks, in their order, of the parameters' gradients).
     """
-    dispatcher, backend = call.runtime.dispatcher, call.runtime.backend
+    place = call.place
+    dispatcher, backend = place.runtime.dispatcher, place.runtime.backend
     chunks = len(rows)
-    arriving = [dispatcher.combine_backward(grad_TD, plan, 0)]
+    arriving = [first]
     returning: list[Pending[tuple[Tensor | None, Tensor | None]]] = []
     back: list[tuple[Tensor | None, Tensor | None]] = []
     total: list[Tensor | None] = []
     for i in range(chunks):
         if i + 1 < chunks:
             arriving.append(dispatcher.combine_backward(grad_TD, plan, i + 1))
-        grad_ND = call.wait(arriving[i], "backward, combine", i, chunks)
+        grad_ND = place.wait(arriving[i], "backward, combine", i, chunks)
         grads = backend.backward_rows(
             call.spec, call.weights, rows[i], saved[i], grad_ND, needs, need_x=need_x, need_routing=need_routing
         )
@@ -179,8 +197,8 @@ def send_and_compute_backward(
         of_chunk = backend.backward_weights(call.spec, call.weights, rows[i], grads, needs).flat()
         total = [_sum(*parts) for parts in zip(total, of_chunk, dtypes, strict=True)] if total else list(of_chunk)
         if i > 0:
-            back.append(call.wait(returning[i - 1], "backward, dispatch", i - 1, chunks))
-    back.append(call.wait(returning[-1], "backward, dispatch", chunks - 1, chunks))
+            back.append(place.wait(returning[i - 1], "backward, dispatch", i - 1, chunks))
+    back.append(place.wait(returning[-1], "backward, dispatch", chunks - 1, chunks))
     grads_x, grads_weights = zip(*back, strict=True)
     of_weights = WeightGrads.of(total, len(call.weights.up_lora))
     return _joined(grads_x) if need_x else None, _joined(grads_weights) if need_routing else None, of_weights

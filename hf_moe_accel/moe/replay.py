@@ -47,14 +47,14 @@ class Region:
         """Whether this pass over the region is a recompute."""
         return self._next is not None
 
-    def keep(self, ids_TK: Tensor, exchange: Exchange) -> None:
-        """Record a layer, in the forward pass; nothing in a recompute."""
+    def keep(self, ids_TK: Tensor, plan: Any, rows: tuple[Dispatched, ...], out_TD: Tensor) -> None:
+        """Record a layer, in the forward pass; nothing in a recompute. See `Exchange`."""
         if self.recomputes:
             return
         self._ids.append(ids_TK)
         if self._keeps_rows:
             # A copy: the model may write into what it gets.
-            self._exchanges.append(exchange._replace(out_TD=exchange.out_TD.clone()))
+            self._exchanges.append(Exchange(plan, rows, out_TD.clone()))
 
     def replay(self, ids_TK: Tensor) -> Exchange | None:
         """The exchange of the next layer, in a recompute; None in the forward pass, or where none is kept.

@@ -133,6 +133,8 @@ class Link(ABC):
 
     # Elements of a bf16 row that is sent for its handle, or beside weights, alone.
     blank: ClassVar[int]
+    # Whether the size of the buffer goes by the number of tokens.
+    is_sized_by_tokens: ClassVar[bool]
 
     def __init__(self, group: dist.ProcessGroup, hidden: int) -> None:
         """Keep the sizes."""
@@ -146,9 +148,20 @@ class Link(ABC):
     def why_not(cls, hidden: int, num_experts: int, ep_size: int) -> str | None:
         """Why this generation cannot carry such rows."""
 
+    def most_tokens(self, num_tokens: int, device: torch.device) -> int:
+        """The most tokens that a rank of the group has, this one `num_tokens`. Asks all, which the host waits for."""
+        most = torch.tensor(num_tokens, device=device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
+        return int(most)
+
     @abstractmethod
-    def make_room(self, num_tokens: int, top_k: int, device: torch.device) -> None:
-        """Allocate what `num_tokens` tokens (of this rank, in one chunk) take, where that is not there yet."""
+    def make_room(self, num_tokens: int, top_k: int) -> None:
+        """Allocate what `num_tokens` tokens take, where that is not there yet.
+
+        Args:
+            num_tokens: the most of a rank in one chunk, the same on all ranks; 0 where no size goes by it.
+            top_k: experts of a token.
+        """
 
     @abstractmethod
     def route(self, ids_TK: Tensor, num_experts: int) -> Route:
@@ -183,6 +196,7 @@ class BufferLink(Link):
     """DeepEP V1: rings of a fixed size, through which any number of rows passes."""
 
     blank = 16  # its least
+    is_sized_by_tokens = False
 
     @classmethod
     def why_not(cls, hidden: int, num_experts: int, ep_size: int) -> str | None:
@@ -197,7 +211,7 @@ class BufferLink(Link):
             return f"DeepEP V1 takes at most 128 experts a rank, and ep_size {ep_size} makes {num_experts // ep_size}"
         return None
 
-    def make_room(self, num_tokens: int, top_k: int, device: torch.device) -> None:
+    def make_room(self, num_tokens: int, top_k: int) -> None:
         """See the base class; the first call allocates."""
         if self.buffer is not None:
             return
@@ -258,6 +272,7 @@ class ElasticLink(Link):
     """DeepEP V2: room for all rows that could come, so that all ranks agree on the most tokens that any has."""
 
     blank = 256  # the least that it takes back
+    is_sized_by_tokens = True
     _room = _top_k = 0
 
     @classmethod
@@ -272,11 +287,9 @@ class ElasticLink(Link):
             )
         return None
 
-    def make_room(self, num_tokens: int, top_k: int, device: torch.device) -> None:
-        """See the base class; asks all ranks each time, which the host waits for."""
-        wanted = torch.tensor(num_tokens, device=device)
-        dist.all_reduce(wanted, op=dist.ReduceOp.MAX, group=self.group)
-        room = max(_LEAST_ROOM, 1 << (int(wanted) - 1).bit_length())
+    def make_room(self, num_tokens: int, top_k: int) -> None:
+        """See the base class."""
+        room = max(_LEAST_ROOM, 1 << (num_tokens - 1).bit_length())
         if self.buffer is not None and room <= self._room and top_k <= self._top_k:
             return
         if self.buffer is not None:

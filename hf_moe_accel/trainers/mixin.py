@@ -277,6 +277,9 @@ class AcceleratedMoEMixin(CheckpointMixin):
             error = raised
         if self._is_distributed and self.hp_search_backend is not None:
             (ended,) = broadcast_object_list([error is not None])
+            if ended:
+                # Together, as it waits for all ranks: rank 0's error is on its way up then, and its model gone after.
+                self._close()
             if ended and error is None:
                 raise _TrialEnded
         if error is not None:

@@ -19,6 +19,7 @@ from hf_moe_accel.dispatch import DISPATCHERS, all_to_all
 from hf_moe_accel.dispatch.all_to_all import AllToAllDispatcher
 from hf_moe_accel.dispatch.deepep import DeepEPDispatcher
 from hf_moe_accel.experts.eager import EagerBackend
+from hf_moe_accel.moe import overlap
 from hf_moe_accel.moe.forward import forward
 from hf_moe_accel.ops import deep_ep as library
 from hf_moe_accel.ops.permutation import sum_segments
@@ -92,6 +93,27 @@ def test_the_host_waits_in_the_plan_alone(version: str, chunks: int) -> None:
         # V1 sends the weights by themselves.
         assert found["under way"] == chunks * (2 if version == "v1" else 1)
         assert found["after"] == {"cached dispatch", "combine"}, "calls without a handle wait on the host"
+
+
+def auto_chunks(version: str) -> list[int]:
+    """The chunks that this rank cuts the two layers of two passes in."""
+    cut: list[int] = []
+    with double.installed(version), mock.patch.object(overlap, "TOKENS_OF_A_CHUNK", 8):
+        dispatcher = DeepEPDispatcher(dist.group.WORLD, HIDDEN, NUM_EXPERTS)
+        choice = overlap.ChunkChoice("auto")
+        for most in (24, 5):
+            num_tokens = most if dist.get_rank() == 0 else 3
+            ids = torch.randint(0, NUM_EXPERTS, (num_tokens, 2))
+            for layer in (0, 1):
+                cut.append(choice.of(layer, dispatcher))
+                choice.learn(dispatcher, dispatcher.plan(ids, NUM_EXPERTS, cut[-1]))
+        dispatcher.close()
+    return cut
+
+
+@pytest.mark.parametrize("version", double.VERSIONS)
+def test_auto_cuts_by_the_tokens_of_the_fullest_rank(version: str) -> None:
+    assert run_ranks(auto_chunks, 2, version) == [[1, 3, 1, 1]] * 2
 
 
 def rows_in_fp32(version: str) -> None:
@@ -198,6 +220,56 @@ def test_training_equals_all_to_all(
         assert of_rank["calls"].count("combine") == 2 * 2 * 3 * 2
     assert_close(actual[0]["history"], expected[0]["history"], "exact")
     assert_close(load_checkpoint(f"{ours}/final"), load_checkpoint(f"{stock}/final"), "exact")
+
+
+def search(version: str | None, dispatcher: str, output_dir: str) -> tuple[Any, list[str]]:
+    """Three trials, of which rank 0's search ends the second early."""
+    import optuna
+
+    class PruneTheSecond(optuna.pruners.BasePruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            return trial.number == 1
+
+    def make() -> Any:
+        return tiny_model("qwen3_moe", dtype=torch.bfloat16, hidden_size=HIDDEN, num_hidden_layers=1)
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with under(version) as record:
+        rows = ragged_batch_dataset(16, 16, seed=3)
+        args = trajectory_arguments(output_dir, 2, 1, 2, eval_strategy="steps", eval_steps=1)
+        trainer = AcceleratedMoETrainer(
+            model_init=make,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=rows[:4],
+            moe_config=MoEAccelConfig(token_dispatcher=dispatcher),
+        )
+        ends = []
+        train = trainer.train
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            finally:
+                ends.append("nothing left" if record is None or not record.alive else "a buffer is left")
+
+        trainer.train = watched  # type: ignore[method-assign]
+        best = trainer.hyperparameter_search(
+            lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)},
+            n_trials=3,
+            direction="minimize",
+            backend="optuna",
+            sampler=optuna.samplers.RandomSampler(seed=1),
+            pruner=PruneTheSecond(),
+        )
+    return best and (best.run_id, best.objective), ends
+
+
+def test_a_search_that_ends_trials_early(tmp_path: Path) -> None:
+    expected, _ = run_ranks(search, 2, None, "all_to_all", str(tmp_path / "all_to_all"), init=False)
+    found = run_ranks(search, 2, "v1", "deepep", str(tmp_path / "deepep"), init=False)
+    assert found[0][0] == expected[0]
+    assert [ends for _, ends in found] == [["nothing left"] * 3] * 2, "a trial ended with its buffer"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

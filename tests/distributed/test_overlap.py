@@ -161,7 +161,7 @@ class Told(LocalDispatcher):
 def test_auto_cuts_by_the_tokens_of_the_fullest_rank(most_tokens: int | None, chunks: int) -> None:
     choice = ChunkChoice("auto")
     assert choice.of(0, Told(None)) == choice.of(1, Told(None)) == 1
-    choice.learn(most_tokens)
+    choice.learn(Told(most_tokens), None)
     assert choice.of(1, Told(None)) == chunks
     assert choice.of(0, Told(None)) == 1, "a pass does not depend on the one before"
 
@@ -170,7 +170,7 @@ def test_a_number_is_a_number_and_nothing_is_cut_that_does_not_travel() -> None:
     assert ChunkChoice(3).of(0, Told(None)) == 3
     assert ChunkChoice(3).of(0, LocalDispatcher()) == 1
     choice = ChunkChoice("auto")
-    choice.learn(10**6)
+    choice.learn(Told(10**6), None)
     assert choice.of(1, LocalDispatcher()) == 1
 
 

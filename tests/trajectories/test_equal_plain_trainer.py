@@ -120,10 +120,9 @@ RECOMPUTES = {
     ],
 )
 def test_training_in_chunks_equals_plain_trainer(
-    layout: str, chunks: int, recompute: str, baseline_dir: Path, tmp_path: Path
+    layout: str, chunks: int, recompute: str, baseline_dir: Path, tmp_path: Path, name: str = "qwen3_moe"
 ) -> None:
     world_size, config = LAYOUTS[layout]
-    name = "qwen3_moe"
     again, arguments = RECOMPUTES[recompute]
     expected = baseline(name, baseline_dir / name)
     config = config | {"overlap_chunks": chunks}
@@ -135,6 +134,13 @@ def test_training_in_chunks_equals_plain_trainer(
     assert all(values == actual[0][0] for values, _ in actual), "the ranks disagree"
     assert_close(actual[0][0], expected, "training")
     assert_same_checkpoint(tmp_path / "final", baseline_dir / name / "final")
+
+
+def test_training_with_shared_experts_equals_plain_trainer(baseline_dir: Path, tmp_path: Path) -> None:
+    # Called before the others, and computed while tokens travel; those of DeepSeek and Nemotron-H are called after.
+    test_training_in_chunks_equals_plain_trainer(
+        "4 ranks, ep 2, efsdp 2", 2, "non-reentrant", baseline_dir, tmp_path, name="qwen2_moe"
+    )
 
 
 def assert_same_checkpoint(actual: Path, expected: Path) -> None:
