@@ -45,7 +45,8 @@ class MoEAccelConfig:
         metadata={
             "help": "How the experts compute: 'auto', 'fused' (CUDA: torch's grouped matrix product between Triton "
             "kernels), 'padded_bmm' (CPU: batched products of padded blocks), 'grouped_mm' (torch's grouped matrix "
-            "product alone), 'eager' (a loop over the experts: the slow reference)."
+            "product alone), 'eager' (a loop over the experts: the slow reference), 'transformer_engine' (CUDA, bf16: "
+            "as 'fused', with TransformerEngine's grouped product; needs TransformerEngine; never chosen by 'auto')."
         },
     )
     collective_timeout: float = field(

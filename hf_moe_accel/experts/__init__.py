@@ -8,3 +8,5 @@ EXPERT_BACKENDS.register("fused", "hf_moe_accel.experts.fused:FusedBackend")
 EXPERT_BACKENDS.register("padded_bmm", "hf_moe_accel.experts.padded_bmm:PaddedBMMBackend")
 EXPERT_BACKENDS.register("grouped_mm", "hf_moe_accel.experts.grouped_mm:GroupedMMBackend")
 EXPERT_BACKENDS.register("eager", "hf_moe_accel.experts.eager:EagerBackend")
+# After the one that serves everything: by name only.
+EXPERT_BACKENDS.register("transformer_engine", "hf_moe_accel.experts.transformer_engine:TransformerEngineBackend")
