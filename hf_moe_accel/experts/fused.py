@@ -50,7 +50,7 @@ class FusedBackend(ExpertBackend):
     """CUDA. A gate that is none of the known formulas runs as it is, and the rest stays fused.
 
     Attributes:
-        num_groups: how many tensors `_groups` returns.
+        num_groups: how many tensors `_arrange` returns as groups.
     """
 
     device_types = ("cuda",)
@@ -76,7 +76,7 @@ class FusedBackend(ExpertBackend):
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Gather, up, gate and weight, down, sum. Keeps the pre-activation, and the output before a post-norm."""
-        groups = self._groups(rows)
+        rows, groups = self._arrange(rows)
         ends_e = groups[0]
         up_eDM, down_eID = as_in_out(spec, weights)
         x_RD = self._gather(rows.x_ND, rows.row_of_R)
@@ -140,7 +140,7 @@ class FusedBackend(ExpertBackend):
                 grad_routing = torch.mul(grad_RD_unweighted.float(), normed_RD.detach()).sum(1)
             weights_R = None
         grad_down_thin = _grad_thin(grad_RD, weights.down_lora, ends_e)
-        grad_a_RI = self._linear(grad_RD, down_eID.transpose(1, 2), groups)
+        grad_a_RI = self._linear(grad_RD, down_eID.transpose(1, 2), groups, of_grads=True)
         into_a = self._split(spec, _grad_from_thin(grad_down_thin, weights.down_lora))
         _add(grad_a_RI, into_a.apart, ends_e)
         into_up = self._split(spec, _from_thin(thin[:1] if weights.up_lora else (), weights.up_lora))
@@ -157,7 +157,9 @@ class FusedBackend(ExpertBackend):
         grad_x: Tensor | None = None
         if need_x:
             thin_products = _grad_from_thin(grad_up_thin, weights.up_lora)
-            grad_x = self._sum_products(grad_h_RM, up_eDM.transpose(1, 2), thin_products, rows, groups, None)
+            grad_x = self._sum_products(
+                grad_h_RM, up_eDM.transpose(1, 2), thin_products, rows, groups, None, of_grads=True
+            )
         for_weights = (*groups, grad_RD, a_RI, grad_h_RM, *thin, *grad_up_thin, *grad_down_thin, *grad_norm)
         return RowGrads(grad_x, grad_routing, for_weights)
 
@@ -175,18 +177,13 @@ class FusedBackend(ExpertBackend):
         def into_up_RD() -> Tensor:
             return self._gather(rows.x_ND, rows.row_of_R)
 
-        def outer(into_RK: Tensor, grad_RM: Tensor) -> Tensor:
-            if spec.is_transposed:
-                return self._outer(into_RK, grad_RM, groups)
-            return self._outer(grad_RM, into_RK, groups)
-
         def by_expert(grad_R: Tensor, weights_R: Tensor | None) -> Tensor:
             starts_e = torch.cat([ends_e.new_zeros(1), ends_e[:-1]]).long()
             return self._sum_segments(grad_R, None, starts_e, weights_R=weights_R)
 
         return WeightGrads(
-            up=outer(into_up_RD(), grad_h_RM) if needs.up else None,
-            down=outer(into_down_RI, grad_RD) if needs.down else None,
+            up=self._outer(spec, into_up_RD(), grad_h_RM, groups) if needs.up else None,
+            down=self._outer(spec, into_down_RI, grad_RD, groups) if needs.down else None,
             up_bias=by_expert(grad_h_RM, None) if needs.up_bias else None,
             # Where a post-norm took the weight, the gradient has it already.
             down_bias=by_expert(grad_RD, None if spec.post_norm else rows.weights_R) if needs.down_bias else None,
@@ -199,16 +196,19 @@ class FusedBackend(ExpertBackend):
             ),
         )
 
-    def _groups(self, rows: Dispatched) -> Groups:
-        return (_ends(rows),)
+    def _arrange(self, rows: Dispatched) -> tuple[Dispatched, Groups]:
+        """The rows as the products with the weights take them, and where those of each expert are."""
+        return rows, (_ends(rows),)
 
-    def _linear(self, x_RK: Tensor, weight_eKM: Tensor, groups: Groups) -> Tensor:
+    def _linear(self, x_RK: Tensor, weight_eKM: Tensor, groups: Groups, *, of_grads: bool = False) -> Tensor:
         """[R, M] rows of each expert times its weight, which may be a transposed view."""
         return grouped_linear(x_RK, weight_eKM, groups[0])
 
-    def _outer(self, a_RM: Tensor, b_RK: Tensor, groups: Groups) -> Tensor:
-        """[e, M, K] the sum of outer products over the rows of each expert: zeros where there are none."""
-        return grouped_outer(a_RM, b_RK, groups[0])
+    def _outer(self, spec: ExpertsSpec, into_RK: Tensor, grad_RM: Tensor, groups: Groups) -> Tensor:
+        """The gradient of a stacked weight from its rows and their gradients: zeros for an expert without rows."""
+        if spec.is_transposed:
+            return grouped_outer(into_RK, grad_RM, groups[0])
+        return grouped_outer(grad_RM, into_RK, groups[0])
 
     def _formula(self, spec: ExpertsSpec) -> GateFormula | None:
         if spec not in self._formulas:
@@ -278,10 +278,12 @@ class FusedBackend(ExpertBackend):
         rows: Dispatched,
         groups: Groups,
         bias_eD: Tensor | None,
+        *,
+        of_grads: bool = False,
     ) -> Tensor:
         """[N, D] products by expert with what adapters and weighted biases add, summed by row."""
         ends_e = groups[0]
-        y_RD = self._linear(x_RK, weight_eKD, groups)
+        y_RD = self._linear(x_RK, weight_eKD, groups, of_grads=of_grads)
         return self._sum_segments(
             y_RD,
             rows.r_of_P,

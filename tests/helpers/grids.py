@@ -66,10 +66,14 @@ def _name(case: Case) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Backends
 
-# Triton's kernels run on a CPU in its interpreter only, which is chosen once a process; TransformerEngine's product does
-# not, and what is around it is tested with its double.
-NO_CPU = {"transformer_engine"} | ({"fused"} if os.environ.get("TRITON_INTERPRET") != "1" else set())
-CPU_BACKENDS = tuple(name for name in EXPERT_BACKENDS if name not in NO_CPU)
+# Triton's kernels run on a CPU in its interpreter only, which is chosen once a process. TransformerEngine runs on none,
+# and what is around it is tested with a double.
+TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine_fp8", "transformer_engine_fp8_block")
+CPU_BACKENDS = tuple(
+    name
+    for name in EXPERT_BACKENDS
+    if name not in TRANSFORMER_ENGINE and (name != "fused" or os.environ.get("TRITON_INTERPRET") == "1")
+)
 
 
 def comparable_on_cpu(backend: str, dtype: Any) -> bool:
