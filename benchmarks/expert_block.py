@@ -6,10 +6,10 @@
 
 Shapes of Qwen3-30B-A3B unless told otherwise, random weights, a fixed routing whose weights need a gradient. Each arm
 of a cell is a process of its own, and a cell's arms run in turn: stock transformers with `grouped_mm` (with LoRA:
-PEFT's `target_parameters`) and, up to 4k tokens, `eager`; ours with `grouped_mm`, `fused` and, where it is installed,
-`transformer_engine` (with --fp8 also in FP8). What trains is nothing (the backward pass is dx alone), LoRA of rank 16
-on both projections, or all weights (dW is what that takes longer). With 16 experts each takes as many rows as on a rank
-of eight under expert parallelism.
+PEFT's `target_parameters`) and, up to 4k tokens, `eager`; ours with `grouped_mm`, `fused` and, where it is
+installed, `transformer_engine` (with --fp8 also in FP8). What trains is nothing (the backward pass is dx alone), LoRA
+of rank 16 on both projections, or all weights (dW is what that takes longer). With 16 experts each takes as many rows
+as on a rank of eight under expert parallelism.
 
 FLOP/s count the base weights' products only. The floor is their time at the matrix peak measured on an H200 (790
 TFLOP/s); for Qwen3-30B's full training at 4k tokens reading the weights adds to it.
@@ -297,8 +297,8 @@ def show(found: list[dict[str, Any]]) -> None:
     by_cell = {tuple(row["cell"].values()): row["median"] for row in found if "median" in row}
     print(f"\nmedians on {machine()['device']}")
     print(
-        "trains    tokens experts routing   arm                           forward  backward     of it dW        ms  TFLOP/s"
-        "  of floor  peak MiB"
+        "trains    tokens experts routing   arm                           forward  backward     of it dW        ms"
+        "  TFLOP/s  of floor  peak MiB"
     )
     for (training, *where), medians_of_arms in by_cell.items():
         frozen = by_cell.get(("none", *where), {})

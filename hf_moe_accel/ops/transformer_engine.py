@@ -175,7 +175,7 @@ def _matrices(rows: Tensor, counts: list[int], scaling: Scaling | None, role: Ro
     rows = rows.contiguous()
     if scaling is None:
         return list(rows.split(counts))
-    import transformer_engine_torch
+    import transformer_engine_torch  # type: ignore[import-not-found]
 
     quantizers = _quantizers(scaling, role, len(counts), along_rows)
     found: list[Any] = transformer_engine_torch.split_quantize(rows, counts, quantizers)
@@ -185,7 +185,7 @@ def _matrices(rows: Tensor, counts: list[int], scaling: Scaling | None, role: Ro
 @cache
 def _quantizers(scaling: Scaling, role: Role, num: int, along_rows: bool) -> list[Any]:
     """They hold settings and no values, so the same ones serve everywhere."""
-    from transformer_engine_torch import DType  # type: ignore[import-not-found]
+    from transformer_engine_torch import DType
 
     pytorch = _pytorch()
     # Of one scale for a matrix, the transpose is made together with the matrix.

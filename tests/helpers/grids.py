@@ -66,8 +66,8 @@ def _name(case: Case) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Backends
 
-# Triton's kernels run on a CPU in its interpreter only, which is chosen once a process. TransformerEngine runs on none,
-# and what is around it is tested with a double.
+# Triton's kernels run on a CPU in its interpreter only, which is chosen once a process. TransformerEngine runs on
+# none, and what is around it is tested with a double.
 TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine_fp8", "transformer_engine_fp8_block")
 CPU_BACKENDS = tuple(
     name
