@@ -11,6 +11,7 @@ E4M3). The results are in the dtype of the rows, and so are the parameters and t
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -86,14 +87,14 @@ def why_not_device(device: torch.device) -> str | None:
 def _why_not_installed() -> str | None:
     if find_spec("transformer_engine") is None:
         return "TransformerEngine is not installed (pip install --no-build-isolation 'hf_moe_accel[te]')"
-    found = version("transformer_engine")
-    if tuple(int(part) for part in found.split(".")[:2]) < _LEAST_VERSION:
-        return f"TransformerEngine {_dotted(_LEAST_VERSION)} or later is needed, and {found} is installed"
     try:
+        found = version("transformer_engine")
         _pytorch()
     except Exception as error:
         # A half of it that is missing or was built for another torch raises whatever the loader does.
-        return f"TransformerEngine {found} cannot be imported: {type(error).__name__}: {error}"
+        return f"TransformerEngine cannot be imported: {type(error).__name__}: {error}"
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < _LEAST_VERSION:
+        return f"TransformerEngine {_dotted(_LEAST_VERSION)} or later is needed, and {found} is installed"
     return None
 
 
