@@ -6,9 +6,10 @@
 
 Shapes of Qwen3-30B-A3B unless told otherwise, random weights, a fixed routing whose weights need a gradient. Each arm
 of a cell is a process of its own, and a cell's arms run in turn: stock transformers with `grouped_mm` (with LoRA:
-PEFT's `target_parameters`) and, up to 4k tokens, `eager`; ours with `grouped_mm` and `fused`. What trains is nothing
-(the backward pass is dx alone), LoRA of rank 16 on both projections, or all weights (dW is what that takes longer).
-With 16 experts each takes as many rows as on a rank of eight under expert parallelism.
+PEFT's `target_parameters`) and, up to 4k tokens, `eager`; ours with `grouped_mm`, `fused` and, where it is
+installed, `transformer_engine` (with --fp8 also in FP8). What trains is nothing (the backward pass is dx alone), LoRA
+of rank 16 on both projections, or all weights (dW is what that takes longer). With 16 experts each takes as many rows
+as on a rank of eight under expert parallelism.
 
 FLOP/s count the base weights' products only. The floor is their time at the matrix peak measured on an H200 (790
 TFLOP/s); for Qwen3-30B's full training at 4k tokens reading the weights adds to it.
@@ -20,6 +21,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,7 +32,8 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 STOCK = {"stock grouped_mm": "grouped_mm", "stock eager": "eager"}
-OURS = ("grouped_mm", "fused")
+FP8 = ("transformer_engine_fp8", "transformer_engine_fp8_block")
+OURS = ("grouped_mm", "fused", "transformer_engine", *FP8)
 EAGER_TOKENS = 4096  # above, it takes too long to be worth the wait
 TRAINING = ("none", "lora", "full")
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -231,11 +234,16 @@ def profile(step: Callable[[], None], device: str) -> None:
     show_profile(profiler, steps)
 
 
-def arms_of(cell: dict[str, Any]) -> list[str]:
+def arms_of(cell: dict[str, Any], fp8: bool) -> list[str]:
     """Those that are worth the wait."""
     eager = cell["training"] != "lora" and cell["tokens"] <= EAGER_TOKENS
     stock = [name for name in STOCK if eager or name != "stock eager"]
-    return [*stock, *(name for name in OURS if name != "fused" or torch.cuda.is_available())]
+    left_out = set() if fp8 else set(FP8)
+    if find_spec("transformer_engine") is None:
+        left_out |= {"transformer_engine", *FP8}
+    if not torch.cuda.is_available():
+        left_out |= set(OURS) - {"grouped_mm"}
+    return [*stock, *(name for name in OURS if name not in left_out)]
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -248,7 +256,7 @@ def compare(options: argparse.Namespace) -> None:
         print(f"{cell}", flush=True)
         row: dict[str, Any] = {"cell": cell}
         try:
-            runs = alternate(__file__, arms_of(cell), options.repeats, 0, flags)
+            runs = alternate(__file__, arms_of(cell, options.fp8), options.repeats, 0, flags)
         except SystemExit as failure:
             # The other cells may still run, and a machine with a GPU is not had every day.
             print(failure, flush=True)
@@ -277,8 +285,8 @@ def show(found: list[dict[str, Any]]) -> None:
     by_cell = {tuple(row["cell"].values()): row["median"] for row in found if "median" in row}
     print(f"\nmedians on {machine()['device']}")
     print(
-        "trains    tokens experts routing   arm               forward  backward     of it dW        ms  TFLOP/s"
-        "  of floor  peak MiB"
+        "trains    tokens experts routing   arm                           forward  backward     of it dW        ms"
+        "  TFLOP/s  of floor  peak MiB"
     )
     for (training, *where), medians_of_arms in by_cell.items():
         frozen = by_cell.get(("none", *where), {})
@@ -286,7 +294,7 @@ def show(found: list[dict[str, Any]]) -> None:
             d_w = f"{row['ms'] - frozen[arm]['ms']:.2f}" if training == "full" and arm in frozen else ""
             tokens, experts, routing = where
             print(
-                f"{training:<6} {tokens:>9} {experts:>7} {routing:<9} {arm:<17} {row['forward_ms']:>7.2f} "
+                f"{training:<6} {tokens:>9} {experts:>7} {routing:<9} {arm:<29} {row['forward_ms']:>7.2f} "
                 f"{row['backward_ms']:>9.2f} {d_w:>12} {row['ms']:>9.2f} {row['tflops']:>8.0f} "
                 f"{row['of_floor']:>9.2f} {row['peak_mib']:>9.0f}"
             )
@@ -297,6 +305,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cells")
+    parser.add_argument("--fp8", action="store_true", help="with arms in FP8, where TransformerEngine is installed")
     parser.add_argument("--repeats", type=int, default=1, help="how often the arms of a cell run in turn (default 1)")
     parser.add_argument("--output", default=f"benchmarks/results/expert_block_{device}.json")
     parser.add_argument("--profile", action="store_true", help="print where the time of one arm of one cell goes")

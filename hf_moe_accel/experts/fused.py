@@ -11,7 +11,7 @@ backward, so it is kept without) and for the activation's gradient, and the sum 
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ from hf_moe_accel.experts.grouped_mm import (
     _grad_from_thin,
     _grad_thin,
     _grads_of_factors,
-    _linear,
     _num_thin,
     _thin,
 )
@@ -43,12 +42,19 @@ from hf_moe_accel.ops.permutation import Dispatched
 
 # ([R, r] thin, [e, r, M] factors): each row's product with the factors of its expert.
 Product = tuple[Tensor, Tensor]
+# ([e] int32 the row after the last one of each expert, what else a backend's products with the weights need of it).
+Groups = tuple[Tensor, ...]
 
 
 class FusedBackend(ExpertBackend):
-    """CUDA. A gate that is none of the known formulas runs as it is, and the rest stays fused."""
+    """CUDA. A gate that is none of the known formulas runs as it is, and the rest stays fused.
+
+    Attributes:
+        num_groups: how many tensors `_arrange` returns as groups.
+    """
 
     device_types = ("cuda",)
+    num_groups: ClassVar[int] = 1
 
     def __init__(self) -> None:
         # Not with the module, since `why_not` answers where triton is missing, too.
@@ -70,10 +76,11 @@ class FusedBackend(ExpertBackend):
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Gather, up, gate and weight, down, sum. Keeps the pre-activation, and the output before a post-norm."""
-        ends_e = _ends(rows)
+        rows, groups = self._arrange(rows)
+        ends_e = groups[0]
         up_eDM, down_eID = as_in_out(spec, weights)
         x_RD = self._gather(rows.x_ND, rows.row_of_R)
-        h_RM = grouped_linear(x_RD, up_eDM, ends_e)
+        h_RM = self._linear(x_RD, up_eDM, groups)
         up_thin = _thin(x_RD, weights.up_lora, ends_e)
         del x_RD  # as large as what comes out of the second projection
         into_up = self._split(spec, _from_thin(up_thin, weights.up_lora))
@@ -82,21 +89,20 @@ class FusedBackend(ExpertBackend):
             a_RI = self._activate(spec, h_RM, rows.weights_R, ends_e, weights.up_bias, into_up.fused)
             down_thin = _thin(a_RI, weights.down_lora, ends_e)
             out_ND = self._sum_products(
-                a_RI, down_eID, _from_thin(down_thin, weights.down_lora), rows, ends_e, weights.down_bias
+                a_RI, down_eID, _from_thin(down_thin, weights.down_lora), rows, groups, weights.down_bias
             )
-            return out_ND, (ends_e, *up_thin, *down_thin, h_RM)
-        y_RD, down_thin = _linear(
-            self._activate(spec, h_RM, None, ends_e, weights.up_bias, into_up.fused),
-            down_eID,
-            weights.down_lora,
-            ends_e,
-        )
+            return out_ND, (*groups, *up_thin, *down_thin, h_RM)
+        a_RI = self._activate(spec, h_RM, None, ends_e, weights.up_bias, into_up.fused)
+        y_RD = self._linear(a_RI, down_eID, groups)
+        down_thin = _thin(a_RI, weights.down_lora, ends_e)
+        for product in _from_thin(down_thin, weights.down_lora):
+            _add(y_RD, product, ends_e)
         if weights.down_bias is not None:
             y_RD += _of_rows(weights.down_bias, ends_e, y_RD.size(0))
         assert weights.post_norm is not None
         normed_RD = spec.post_norm(y_RD, weights.post_norm.detach())
         out_ND = self._sum_segments(normed_RD, rows.r_of_P, rows.start_of_N, weights_R=rows.weights_R)
-        return out_ND, (ends_e, *up_thin, *down_thin, h_RM, y_RD)
+        return out_ND, (*groups, *up_thin, *down_thin, h_RM, y_RD)
 
     def backward_rows(
         self,
@@ -111,10 +117,11 @@ class FusedBackend(ExpertBackend):
         need_routing: bool,
     ) -> RowGrads:
         """Down, gate and weight, up, sum."""
-        ends_e, *kept = saved
+        groups, kept = saved[: self.num_groups], saved[self.num_groups :]
+        ends_e = groups[0]
         up_eDM, down_eID = as_in_out(spec, weights)
         num_thin = _num_thin(weights)
-        thin, (h_RM, *outputs) = tuple(kept[:num_thin]), kept[num_thin:]
+        thin, (h_RM, *outputs) = kept[:num_thin], kept[num_thin:]
         grad_routing: Tensor | None = None
         grad_norm: tuple[Tensor, ...] = ()
         weights_R: Tensor | None = rows.weights_R
@@ -133,7 +140,7 @@ class FusedBackend(ExpertBackend):
                 grad_routing = torch.mul(grad_RD_unweighted.float(), normed_RD.detach()).sum(1)
             weights_R = None
         grad_down_thin = _grad_thin(grad_RD, weights.down_lora, ends_e)
-        grad_a_RI = grouped_linear(grad_RD, down_eID.transpose(1, 2), ends_e)
+        grad_a_RI = self._linear(grad_RD, down_eID.transpose(1, 2), groups, of_grads=True)
         into_a = self._split(spec, _grad_from_thin(grad_down_thin, weights.down_lora))
         _add(grad_a_RI, into_a.apart, ends_e)
         into_up = self._split(spec, _from_thin(thin[:1] if weights.up_lora else (), weights.up_lora))
@@ -150,15 +157,19 @@ class FusedBackend(ExpertBackend):
         grad_x: Tensor | None = None
         if need_x:
             thin_products = _grad_from_thin(grad_up_thin, weights.up_lora)
-            grad_x = self._sum_products(grad_h_RM, up_eDM.transpose(1, 2), thin_products, rows, ends_e, None)
-        for_weights = (ends_e, grad_RD, a_RI, grad_h_RM, *thin, *grad_up_thin, *grad_down_thin, *grad_norm)
+            grad_x = self._sum_products(
+                grad_h_RM, up_eDM.transpose(1, 2), thin_products, rows, groups, None, of_grads=True
+            )
+        for_weights = (*groups, grad_RD, a_RI, grad_h_RM, *thin, *grad_up_thin, *grad_down_thin, *grad_norm)
         return RowGrads(grad_x, grad_routing, for_weights)
 
     def backward_weights(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, grads: RowGrads, needs: NeededGrads
     ) -> WeightGrads:
         """Outer products by expert; nothing at all for frozen weights."""
-        ends_e, grad_RD, into_down_RI, grad_h_RM, *others = grads.for_weights
+        groups = grads.for_weights[: self.num_groups]
+        ends_e = groups[0]
+        grad_RD, into_down_RI, grad_h_RM, *others = grads.for_weights[self.num_groups :]
         num_thin = _num_thin(weights)
         thin, grad_thin, grad_norm = others[:num_thin], others[num_thin : 2 * num_thin], others[2 * num_thin :]
 
@@ -166,18 +177,13 @@ class FusedBackend(ExpertBackend):
         def into_up_RD() -> Tensor:
             return self._gather(rows.x_ND, rows.row_of_R)
 
-        def outer(into_RK: Tensor, grad_RM: Tensor) -> Tensor:
-            if spec.is_transposed:
-                return grouped_outer(into_RK, grad_RM, ends_e)
-            return grouped_outer(grad_RM, into_RK, ends_e)
-
         def by_expert(grad_R: Tensor, weights_R: Tensor | None) -> Tensor:
             starts_e = torch.cat([ends_e.new_zeros(1), ends_e[:-1]]).long()
             return self._sum_segments(grad_R, None, starts_e, weights_R=weights_R)
 
         return WeightGrads(
-            up=outer(into_up_RD(), grad_h_RM) if needs.up else None,
-            down=outer(into_down_RI, grad_RD) if needs.down else None,
+            up=self._outer(spec, into_up_RD(), grad_h_RM, groups) if needs.up else None,
+            down=self._outer(spec, into_down_RI, grad_RD, groups) if needs.down else None,
             up_bias=by_expert(grad_h_RM, None) if needs.up_bias else None,
             # Where a post-norm took the weight, the gradient has it already.
             down_bias=by_expert(grad_RD, None if spec.post_norm else rows.weights_R) if needs.down_bias else None,
@@ -189,6 +195,20 @@ class FusedBackend(ExpertBackend):
                 weights.down_lora, needs.down_lora, lambda: into_down_RI, grad_RD, thin[-1:], grad_thin[-1:], ends_e
             ),
         )
+
+    def _arrange(self, rows: Dispatched) -> tuple[Dispatched, Groups]:
+        """The rows as the products with the weights take them, and where those of each expert are."""
+        return rows, (_ends(rows),)
+
+    def _linear(self, x_RK: Tensor, weight_eKM: Tensor, groups: Groups, *, of_grads: bool = False) -> Tensor:
+        """[R, M] rows of each expert times its weight, which may be a transposed view."""
+        return grouped_linear(x_RK, weight_eKM, groups[0])
+
+    def _outer(self, spec: ExpertsSpec, into_RK: Tensor, grad_RM: Tensor, groups: Groups) -> Tensor:
+        """The gradient of a stacked weight from its rows and their gradients: zeros for an expert without rows."""
+        if spec.is_transposed:
+            return grouped_outer(into_RK, grad_RM, groups[0])
+        return grouped_outer(grad_RM, into_RK, groups[0])
 
     def _formula(self, spec: ExpertsSpec) -> GateFormula | None:
         if spec not in self._formulas:
@@ -256,11 +276,14 @@ class FusedBackend(ExpertBackend):
         weight_eKD: Tensor,
         thin_products: list[Product],
         rows: Dispatched,
-        ends_e: Tensor,
+        groups: Groups,
         bias_eD: Tensor | None,
+        *,
+        of_grads: bool = False,
     ) -> Tensor:
         """[N, D] products by expert with what adapters and weighted biases add, summed by row."""
-        y_RD = grouped_linear(x_RK, weight_eKD, ends_e)
+        ends_e = groups[0]
+        y_RD = self._linear(x_RK, weight_eKD, groups, of_grads=of_grads)
         return self._sum_segments(
             y_RD,
             rows.r_of_P,
