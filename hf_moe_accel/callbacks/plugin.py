@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from transformers import TrainerCallback
 
+from hf_moe_accel.callbacks.metrics import add_metrics
 from hf_moe_accel.runtime import runtime_of
 
 
@@ -17,7 +19,7 @@ class MoEAccelCallback(TrainerCallback):
 
     In this form a run saves through the model's own `save_pretrained` (standard files), needs `save_only_model=True`
     or `save_strategy="no"`, and can neither resume nor load the best checkpoint at its end. `AcceleratedMoETrainer`
-    knows more.
+    knows more. `MoEMetricsCallback` comes with it.
 
     Raises:
         ValueError: the model was not prepared, the optimizer's state would be saved, the run was resumed, or the best
@@ -25,7 +27,7 @@ class MoEAccelCallback(TrainerCallback):
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check what the run will save and load."""
+        """Check what the run will save and load, and add the metrics."""
         if args.save_strategy != "no" and not args.save_only_model:
             raise ValueError(
                 "MoEAccelCallback needs save_only_model=True (or save_strategy='no'): the optimizer state of a "
@@ -36,6 +38,9 @@ class MoEAccelCallback(TrainerCallback):
                 "load_best_model_at_end=True is not supported in this form: the Trainer would read the checkpoint "
                 "without its experts. Delete it, or use AcceleratedMoETrainer."
             )
+        # A callback is not told whose it is, and what users pass comes after the callbacks that report, too late to
+        # add to what they report. The list of callbacks is the one that calls this method.
+        add_metrics(sys._getframe(1).f_locals["self"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check that the model was prepared, and that the run begins at its beginning."""

@@ -35,6 +35,7 @@ from hf_moe_accel.moe.overlap import (
 )
 from hf_moe_accel.moe.replay import Exchange, current_region
 from hf_moe_accel.moe.stats import RoutingStats
+from hf_moe_accel.moe.timing import PartTimer
 
 
 class Runtime(Protocol):
@@ -42,7 +43,8 @@ class Runtime(Protocol):
 
     dispatcher: TokenDispatcher
     backend: ExpertBackend
-    stats: RoutingStats
+    stats: RoutingStats | None
+    timer: PartTimer
     chunks: ChunkChoice
     check_tokens: bool
 
@@ -135,13 +137,14 @@ class _TokenPath(torch.autograd.Function):
             saved = compute_again(call, rows)
             out_TD = kept.out_TD.clone()
         else:
-            if counts:
-                runtime.stats.add(layer, ids_TK)
             chunks = runtime.chunks.of(layer, dispatcher)
-            with runtime.waiting(step, layer, "forward, plan"):
+            with runtime.timer.part("dispatch"), runtime.waiting(step, layer, "forward, plan"):
                 plan = dispatcher.plan(ids_TK, spec.num_experts, chunks)
             runtime.chunks.learn(dispatcher.most_tokens(plan))
             y_TD, rows, saved = send_and_compute(call, x_TD.to(dtype), weights_TK, plan, chunks)
+            if counts and runtime.stats is not None:
+                runtime.stats.add(layer, ids_TK)
+                runtime.stats.add_rows(layer, rows)
             out_TD = y_TD.to(x_TD.dtype)
             if region is not None:
                 region.keep(ids_TK, Exchange(plan, rows, out_TD))

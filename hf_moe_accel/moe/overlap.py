@@ -29,6 +29,7 @@ from hf_moe_accel.experts.base import (
     NeededGrads,
     WeightGrads,
 )
+from hf_moe_accel.moe.timing import PartTimer
 from hf_moe_accel.ops.permutation import Dispatched
 
 # What "auto" cuts: a chunk keeps so many tokens of the rank that has most, so that the experts' products stay large.
@@ -74,6 +75,7 @@ class Watched(Protocol):
 
     dispatcher: TokenDispatcher
     backend: ExpertBackend
+    timer: PartTimer
 
     def waiting(self, step: int, layer: int, direction: str) -> AbstractContextManager[None]:
         """Marks a wait for other ranks."""
@@ -110,28 +112,35 @@ def send_and_compute(
     Returns:
         ([T, D] the result, the rows of each chunk, what the backend keeps of each chunk).
     """
-    dispatcher, backend = call.runtime.dispatcher, call.runtime.backend
-    arriving = [dispatcher.dispatch(x_TD, weights_TK, plan, 0)]
+    dispatcher, backend, timed = call.runtime.dispatcher, call.runtime.backend, call.runtime.timer.part
+    with timed("dispatch"):
+        arriving = [dispatcher.dispatch(x_TD, weights_TK, plan, 0)]
     returning: list[Pending[Tensor]] = []
     rows: list[Dispatched] = []
     saved: list[tuple[Tensor, ...]] = []
     out: list[Tensor] = []
     for i in range(chunks):
-        if i + 1 < chunks:
-            arriving.append(dispatcher.dispatch(x_TD, weights_TK, plan, i + 1))
-        rows.append(call.wait(arriving[i], "forward, dispatch", i, chunks))
-        y_ND, kept = backend.forward(call.spec, call.weights, rows[i])
+        with timed("dispatch"):
+            if i + 1 < chunks:
+                arriving.append(dispatcher.dispatch(x_TD, weights_TK, plan, i + 1))
+            rows.append(call.wait(arriving[i], "forward, dispatch", i, chunks))
+        with timed("experts"):
+            y_ND, kept = backend.forward(call.spec, call.weights, rows[i])
         saved.append(kept)
-        returning.append(dispatcher.combine(y_ND, plan, i))
-        if i > 0:
-            out.append(call.wait(returning[i - 1], "forward, combine", i - 1, chunks))
-    out.append(call.wait(returning[-1], "forward, combine", chunks - 1, chunks))
-    return _joined(out), tuple(rows), tuple(saved)
+        with timed("combine"):
+            returning.append(dispatcher.combine(y_ND, plan, i))
+            if i > 0:
+                out.append(call.wait(returning[i - 1], "forward, combine", i - 1, chunks))
+    with timed("combine"):
+        out.append(call.wait(returning[-1], "forward, combine", chunks - 1, chunks))
+        y_TD = _joined(out)
+    return y_TD, tuple(rows), tuple(saved)
 
 
 def compute_again(call: LayerPass, rows: tuple[Dispatched, ...]) -> Saved:
     """What the backend keeps of each chunk, from the rows that arrived before. Sends nothing."""
-    return tuple(call.runtime.backend.forward(call.spec, call.weights, of_chunk)[1] for of_chunk in rows)
+    with call.runtime.timer.part("experts"):
+        return tuple(call.runtime.backend.forward(call.spec, call.weights, of_chunk)[1] for of_chunk in rows)
 
 
 def send_and_compute_backward(
@@ -162,25 +171,32 @@ def send_and_compute_backward(
     Returns:
         ([T, D] or None, [T, K] fp32 or None, the sum over the chunks, in their order, of the parameters' gradients).
     """
-    dispatcher, backend = call.runtime.dispatcher, call.runtime.backend
+    dispatcher, backend, timed = call.runtime.dispatcher, call.runtime.backend, call.runtime.timer.part
     chunks = len(rows)
-    arriving = [dispatcher.combine_backward(grad_TD, plan, 0)]
+    with timed("combine"):
+        arriving = [dispatcher.combine_backward(grad_TD, plan, 0)]
     returning: list[Pending[tuple[Tensor | None, Tensor | None]]] = []
     back: list[tuple[Tensor | None, Tensor | None]] = []
     total: list[Tensor | None] = []
     for i in range(chunks):
-        if i + 1 < chunks:
-            arriving.append(dispatcher.combine_backward(grad_TD, plan, i + 1))
-        grad_ND = call.wait(arriving[i], "backward, combine", i, chunks)
-        grads = backend.backward_rows(
-            call.spec, call.weights, rows[i], saved[i], grad_ND, needs, need_x=need_x, need_routing=need_routing
-        )
-        returning.append(dispatcher.dispatch_backward(grads.x_ND, grads.weights_R, plan, i, rows[i]))
-        of_chunk = backend.backward_weights(call.spec, call.weights, rows[i], grads, needs).flat()
-        total = [_sum(*parts) for parts in zip(total, of_chunk, dtypes, strict=True)] if total else list(of_chunk)
+        with timed("combine"):
+            if i + 1 < chunks:
+                arriving.append(dispatcher.combine_backward(grad_TD, plan, i + 1))
+            grad_ND = call.wait(arriving[i], "backward, combine", i, chunks)
+        with timed("experts"):
+            grads = backend.backward_rows(
+                call.spec, call.weights, rows[i], saved[i], grad_ND, needs, need_x=need_x, need_routing=need_routing
+            )
+        with timed("dispatch"):
+            returning.append(dispatcher.dispatch_backward(grads.x_ND, grads.weights_R, plan, i, rows[i]))
+        with timed("experts"):
+            of_chunk = backend.backward_weights(call.spec, call.weights, rows[i], grads, needs).flat()
+            total = [_sum(*parts) for parts in zip(total, of_chunk, dtypes, strict=True)] if total else list(of_chunk)
         if i > 0:
-            back.append(call.wait(returning[i - 1], "backward, dispatch", i - 1, chunks))
-    back.append(call.wait(returning[-1], "backward, dispatch", chunks - 1, chunks))
+            with timed("dispatch"):
+                back.append(call.wait(returning[i - 1], "backward, dispatch", i - 1, chunks))
+    with timed("dispatch"):
+        back.append(call.wait(returning[-1], "backward, dispatch", chunks - 1, chunks))
     grads_x, grads_weights = zip(*back, strict=True)
     of_weights = WeightGrads.of(total, len(call.weights.up_lora))
     return _joined(grads_x) if need_x else None, _joined(grads_weights) if need_routing else None, of_weights

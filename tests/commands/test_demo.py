@@ -55,6 +55,7 @@ def test_it_leaves_checkpoint_picture_and_numbers(demo):
         "checkpoint",
         "demo.png",
         "history.json",
+        "moe_metrics.jsonl",
         "reference_logits.safetensors",
     ]
     assert {"config.json", "tokenizer.json"} <= {path.name for path in (folder / "checkpoint").iterdir()}

@@ -144,7 +144,7 @@ def qwen3_moe() -> PreTrainedModel:
 
 
 def log_of(trainer: Trainer) -> list[dict[str, Any]]:
-    times = re.compile("runtime|per_second|preparation_time|_mem_")
+    times = re.compile("runtime|per_second|preparation_time|_mem_|^moe/")
     return [{k: v for k, v in entry.items() if not times.search(k)} for entry in trainer.state.log_history]
 
 

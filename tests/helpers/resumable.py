@@ -117,7 +117,7 @@ def run(
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=resume)
     extra = after(trainer) if after else None
-    times = re.compile("runtime|per_second|preparation_time|_mem_")
+    times = re.compile("runtime|per_second|preparation_time|_mem_|^moe/")
     log = [{k: v for k, v in entry.items() if not times.search(k)} for entry in trainer.state.log_history]
     weights = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
