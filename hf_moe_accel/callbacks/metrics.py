@@ -4,14 +4,15 @@
 Where tokens go is counted in every training pass, on the device. At a step that logs, one collective adds the counts
 up over the ranks; it is launched at the end of the step and read after the trainer has read the loss, for which it
 waits for the device anyway. Parts of the step, entropies, the auxiliary loss and the positions attended to are
-measured on the steps that log only (with `logging_strategy="epoch"`, on every tenth). Evaluation, generation, reference
-models and what checkpointing computes again do not count.
+measured on the steps that log only (with `logging_strategy="epoch"`, on every tenth). Evaluation, generation,
+reference models and what checkpointing computes again do not count.
 """
 
 from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,36 +28,9 @@ from hf_moe_accel.log import warn_once
 from hf_moe_accel.moe.stats import Routed
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 
-PARTS = ("data", "forward", "dispatch", "experts", "combine", "backward", "optimizer")
-# Every number that is logged, and what it means. Loggers of transformers put "train/" in front.
-METRICS = {
-    "moe/tokens_per_second": "tokens, with padding, that all ranks trained on in a second",
-    "moe/tokens_per_second_per_device": "the same, divided by the ranks",
-    "moe/tflops_per_device": "10^12 model FLOPs a second and rank, by the formula in callbacks/flops.py",
-    "moe/mfu": "model FLOPs utilisation: that, divided by the device's dense bf16 peak",
-    "moe/step_time": "seconds of a step: the mean since the last log, without evaluation and saving",
-    "moe/time/data": "seconds that rank 0 waited for a step's batches: the mean since the last log",
-    "moe/time/forward": "seconds of the forward passes of this step on rank 0",
-    "moe/time/backward": "seconds from there to the optimizer on rank 0: losses, backward passes, clipping",
-    "moe/time/dispatch": "of these two, sending tokens to their experts, as far as nothing computes meanwhile",
-    "moe/time/experts": "of these two, the experts",
-    "moe/time/combine": "of these two, sending results back, as far as nothing computes meanwhile",
-    "moe/time/optimizer": "seconds of the optimizer's step on rank 0",
-    "moe/peak_memory_gib": "the most memory that a rank has had in use so far: of its GPU, without one of its process",
-    "moe/load_max_over_mean": "tokens of the busiest expert, divided by an equal share: the worst layer",
-    "moe/load_cv": "standard deviation of the tokens of an expert, divided by their mean: the mean over layers",
-    "moe/idle_experts": "share of the experts that got no token since the last log: the mean over layers",
-    "moe/router_entropy": "entropy of the softmax of router logits, 1 where experts are equal: the mean over layers",
-    "moe/rank_max_over_mean": "rows that the busiest rank's experts compute, divided by their mean: the worst layer",
-    "moe/rank_tokens_max": "tokens sent to the rank that was sent most since the last log, over all layers",
-    "moe/rank_tokens_min": "tokens sent to the rank that was sent fewest",
-    "moe/dropped": "choices of experts minus rows that experts computed, over all ranks; 0: nothing was dropped",
-    "moe/aux_loss": "the auxiliary loss that the model returned in this step: the mean over ranks",
-}
-
 
 class MoEMetricsCallback(TrainerCallback):
-    """Adds `METRICS` to the log, and writes what `hf-moe-accel report` reads into `output_dir`.
+    """Adds the numbers of `run_file.METRICS` to the log, and writes what `hf-moe-accel report` reads to `output_dir`.
 
     Trainers of this library and `MoEAccelCallback` add it themselves; `MoEAccelConfig(expert_metrics=False)` leaves it
     out. It has to stand before the callbacks that report: see `add_metrics`. All ranks must have it.
@@ -141,6 +115,10 @@ class MoEMetricsCallback(TrainerCallback):
         """Saving is over, and its time does not count."""
         if self._probes is not None:
             self._clock.restart()
+
+    def leave_out_time(self) -> None:
+        """What another callback has just done, after a log, is not training."""
+        self._clock.restart()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         """Add the numbers to a log of the training."""
@@ -285,20 +263,30 @@ class _Clock:
         return taken
 
 
-def add_metrics(handler: Any) -> None:
-    """Put the metrics where they belong in a trainer's list of callbacks, if they are not there.
+def add_metrics(handler: Any, report_to: Sequence[str]) -> None:
+    """Put the metrics where they belong in a trainer's list of callbacks, and the pictures for W&B at its end.
 
-    That is after what decides whether a step logs, and before those that report what is logged.
+    The place of the metrics is after what decides whether a step logs, and before those that report what is logged.
 
     Args:
         handler: the trainer's `callback_handler`.
+        report_to: of the trainer's arguments.
     """
     callbacks = handler.callbacks
     if any(isinstance(callback, MoEMetricsCallback) for callback in callbacks):
         return
+    metrics = MoEMetricsCallback()
+    if "wandb" in report_to:
+        # Imported here: wandb need not be installed.
+        from hf_moe_accel.callbacks.wandb import MoEWandbCallback
+
+        given = [callback for callback in callbacks if isinstance(callback, MoEWandbCallback)]
+        callbacks = callbacks if given else [*callbacks, MoEWandbCallback()]
+        for callback in given or callbacks[-1:]:
+            callback.metrics = metrics
     place = 1 + max((i for i, each in enumerate(callbacks) if isinstance(each, DefaultFlowCallback)), default=-1)
     # A new list: the handler may be going through the old one.
-    handler.callbacks = [*callbacks[:place], MoEMetricsCallback(), *callbacks[place:]]
+    handler.callbacks = [*callbacks[:place], metrics, *callbacks[place:]]
 
 
 def _summary(counted: dict[str, Any], world_size: int) -> dict[str, float]:

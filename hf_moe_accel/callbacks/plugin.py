@@ -40,7 +40,7 @@ class MoEAccelCallback(TrainerCallback):
             )
         # A callback is not told whose it is, and what users pass comes after the callbacks that report, too late to
         # add to what they report. The list of callbacks is the one that calls this method.
-        add_metrics(sys._getframe(1).f_locals["self"])
+        add_metrics(sys._getframe(1).f_locals["self"], args.report_to)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check that the model was prepared, and that the run begins at its beginning."""

@@ -1,4 +1,4 @@
-"""What a run leaves in its `output_dir` for `hf-moe-accel report`: one JSON object a line, the first about the run."""
+"""What a run leaves in its `output_dir` for `hf-moe-accel report`: a JSON object a line, the first about the run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,31 @@ from pathlib import Path
 from typing import Any
 
 NAME = "moe_metrics.jsonl"
+# Every number that is logged, and what it means. Loggers of transformers put "train/" in front.
+METRICS = {
+    "moe/tokens_per_second": "tokens, with padding, that all ranks trained on in a second",
+    "moe/tokens_per_second_per_device": "the same, divided by the ranks",
+    "moe/tflops_per_device": "10^12 model FLOPs a second and rank, by the formula in callbacks/flops.py",
+    "moe/mfu": "model FLOPs utilisation: that, divided by the device's dense bf16 peak",
+    "moe/step_time": "seconds of a step: the mean since the last log, without evaluation and saving",
+    "moe/time/data": "seconds that rank 0 waited for a step's batches: the mean since the last log",
+    "moe/time/forward": "seconds of the forward passes of this step on rank 0",
+    "moe/time/backward": "seconds from there to the optimizer on rank 0: losses, backward passes, clipping",
+    "moe/time/dispatch": "of these two, sending tokens to their experts, as far as nothing computes meanwhile",
+    "moe/time/experts": "of these two, the experts",
+    "moe/time/combine": "of these two, sending results back, as far as nothing computes meanwhile",
+    "moe/time/optimizer": "seconds of the optimizer's step on rank 0",
+    "moe/peak_memory_gib": "the most memory that a rank has had in use so far: of its GPU, without one of its process",
+    "moe/load_max_over_mean": "tokens of the busiest expert, divided by an equal share: the worst layer",
+    "moe/load_cv": "standard deviation of the tokens of an expert, divided by their mean: the mean over layers",
+    "moe/idle_experts": "share of the experts that got no token since the last log: the mean over layers",
+    "moe/router_entropy": "entropy of the softmax of router logits, 1 where experts are equal: the mean over layers",
+    "moe/rank_max_over_mean": "rows that the busiest rank's experts compute, divided by their mean: the worst layer",
+    "moe/rank_tokens_max": "tokens sent to the rank that was sent most since the last log, over all layers",
+    "moe/rank_tokens_min": "tokens sent to the rank that was sent fewest",
+    "moe/dropped": "choices of experts minus rows that experts computed, over all ranks; 0: nothing was dropped",
+    "moe/aux_loss": "the auxiliary loss that the model returned in this step: the mean over ranks",
+}
 
 
 class RunFile:
@@ -79,12 +104,13 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         ValueError: there is no such file in the folder, or nothing in it.
     """
     path = Path(folder, NAME)
-    if not path.is_file():
+    lines = list(_records(path)) if path.is_file() else []
+    if not lines:
         raise ValueError(
             f"{folder} holds no {NAME}: name the output_dir of a run of AcceleratedMoETrainer or MoEAccelCallback "
             "that has logged at least once (with expert_metrics=True)"
         )
-    about, *records = _records(path)
+    about, *records = lines
     return Run(about, records)
 
 

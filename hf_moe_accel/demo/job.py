@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -31,7 +33,6 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from hf_moe_accel import AcceleratedMoETrainer, export_checkpoint
-from hf_moe_accel.callbacks.run_file import read_run
 from hf_moe_accel.demo import data
 from hf_moe_accel.demo.history import History
 from hf_moe_accel.demo.options import DemoOptions, OutputFiles
@@ -216,14 +217,11 @@ def train(options: DemoOptions) -> None:
             tokenizer.save_pretrained(files.checkpoint)  # export_checkpoint knows of the model only
         save_file(reference, files.reference)
         log = trainer.state.log_history
-        counted = read_run(files.folder).counted()
         History(
             model=f"{what}, {preset.num_experts} experts in each of {preset.num_layers} layers, on {machine}",
             num_steps=num_steps,
             train_loss=[(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
             held_out_loss=[(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry],
-            load_steps=[step for step, _ in counted],
-            expert_load=[experts["load"] for _, experts in counted],
             num_tokens=trainer.state.num_input_tokens_seen,
             train_seconds=progress.seconds,
             samples=random.Random(options.seed).sample(_public(held_out_pairs), NUM_SAMPLES),
@@ -256,6 +254,9 @@ def _millions(parameters: Iterable[torch.nn.Parameter]) -> str:
 
 
 def _training_arguments(options: DemoOptions, preset: Preset, num_steps: int, use_cpu: bool) -> TrainingArguments:
+    # Without an account: `wandb sync` uploads what is left in the output folder.
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ |= {"WANDB_DIR": options.output_dir, "WANDB_SILENT": "true"}
     args = TrainingArguments(
         output_dir=options.output_dir,
         max_steps=num_steps,
@@ -271,7 +272,7 @@ def _training_arguments(options: DemoOptions, preset: Preset, num_steps: int, us
         eval_on_start=True,
         save_strategy="no",
         include_num_input_tokens_seen="non_padding",
-        report_to="none",
+        report_to="wandb" if importlib.util.find_spec("wandb") else "none",
         disable_tqdm=True,  # Progress replaces it
         seed=options.seed,
         use_cpu=use_cpu,

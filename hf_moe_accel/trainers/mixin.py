@@ -84,7 +84,7 @@ class AcceleratedMoEMixin(CheckpointMixin):
                 training_args.model_init_kwargs = model_init_kwargs
         self._check_optimizer()
         if self.moe_config.expert_metrics:
-            add_metrics(self.callback_handler)
+            add_metrics(self.callback_handler, self.args.report_to)
         if self.moe_config.per_expert_adapter_on_save and hasattr(self.model, "peft_config"):
             from hf_moe_accel.hf.peft_bridge import check_per_expert
 

@@ -24,8 +24,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, trainer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from hf_moe_accel import AcceleratedMoETrainer, MoEAccelCallback, MoEAccelConfig, prepare_moe_model
-from hf_moe_accel.callbacks.metrics import METRICS, MoEMetricsCallback
-from hf_moe_accel.callbacks.run_file import NAME, read_run
+from hf_moe_accel.callbacks.metrics import MoEMetricsCallback
+from hf_moe_accel.callbacks.run_file import METRICS, NAME, read_run
 from hf_moe_accel.runtime import runtime_of
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 
