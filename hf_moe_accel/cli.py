@@ -114,6 +114,7 @@ what is left in RUN_DIR/report, in the place of an earlier report:
   index.html      one page with all pictures in it, the newest numbers and what was prepared
   overview.png    the loss, and the load of the experts over time
   balance.png     how evenly experts and ranks are used
+  layers.png      the same by layer
   speed.png       tokens a second, and the parts of a step
   ranks.png       tokens sent to each rank (several ranks only)
 

@@ -95,7 +95,7 @@ class MoEMetricsCallback(TrainerCallback):
         """Launch the sum over the ranks, if this step logs. All ranks must call."""
         if self._probes is None:
             return
-        if (control.should_evaluate or control.should_save) and torch.accelerator.is_available():
+        if (control.should_evaluate or control.should_save) and args.device.type != "cpu":
             # What follows is no training, and shall not wait for the rest of it.
             torch.accelerator.synchronize()
         self._clock.end_step()

@@ -29,6 +29,7 @@ def write_report(run: Run, run_dir: Path, title: str) -> Path:
     drawn = {
         "overview": pictures.overview(run, title),
         "balance": pictures.balance(run),
+        "layers": pictures.layers(run),
         "speed": pictures.speed(run) if run.series("moe/time/forward") else None,
         "ranks": pictures.ranks(run) if run.about["world_size"] > 1 else None,
     }

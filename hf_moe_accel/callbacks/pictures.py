@@ -132,6 +132,37 @@ def balance(run: Run) -> bytes:
     return _png(draw, 2.6)
 
 
+def layers(run: Run) -> bytes:
+    """The same by layer: heatmaps over time, as a PNG. The run has counted tokens."""
+    counted = run.counted()
+    panels = {
+        "Busiest expert / equal share": by_layer(counted, lambda load: load.max() / load.mean()),
+        "Deviation of the load / mean": by_layer(counted, lambda load: load.std() / load.mean()),
+        "Share of idle experts": by_layer(counted, lambda load: np.mean(load == 0)),
+    }
+    for title, key in {
+        "Busiest rank / equal share": "rank_max_over_mean",
+        "Entropy, 1 is the most": "router_entropy",
+    }.items():
+        values = [experts[key] for _, experts in counted if key in experts]
+        if len(values) == len(counted) and (key != "rank_max_over_mean" or run.about["world_size"] > 1):
+            panels[title] = np.array(values)
+    edges = [0, *(step for step, _ in counted)]
+
+    def draw(figure: Any) -> None:
+        figure.suptitle("By layer, over time", **HEADING)
+        for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            layer_edges = np.arange(values.shape[1] + 1) - 0.5
+            image = axes.pcolormesh(edges, layer_edges, values.T, cmap="viridis")
+            axes.set_title(title, fontsize=7.5)
+            axes.set(xlabel="step", ylabel="layer", ylim=(layer_edges[-1], layer_edges[0]))
+            axes.yaxis.get_major_locator().set_params(integer=True)
+            axes.label_outer(remove_inner_ticks=True)
+            figure.colorbar(image, ax=axes, location="bottom", aspect=12).outline.set_visible(False)
+
+    return _png(draw, 3.2 + 0.05 * len(run.about["num_experts"]))
+
+
 def ranks(run: Run) -> bytes:
     """Tokens that each rank was sent over the whole run, as a PNG: bars, or a histogram where ranks are many."""
     totals = np.sum([experts["rank_tokens"] for _, experts in run.counted()], axis=0)
@@ -242,6 +273,14 @@ def relative_load(counted: list[tuple[int, dict[str, Any]]], layer: int) -> tupl
     load = np.add.reduceat(load, starts, axis=0)
     ends = [*starts[1:], len(counted)]
     return [counted[end - 1][0] for end in ends], load / load.mean(axis=-1, keepdims=True).clip(min=1)
+
+
+def by_layer(
+    counted: list[tuple[int, dict[str, Any]]], measure: Callable[[np.ndarray[Any, Any]], Any]
+) -> np.ndarray[Any, Any]:
+    """[points, layers]: a measure of the load [experts] of each layer; nan where a layer got no token."""
+    loads = [[np.array(load, dtype=np.float64) for load in experts["load"]] for _, experts in counted]
+    return np.array([[measure(load) if load.any() else np.nan for load in point] for point in loads])
 
 
 def _draw_load(axes: Any, shares: np.ndarray[Any, Any], last_steps: list[int]) -> Any:

@@ -28,6 +28,7 @@ class Probes:
         self.measures = False
         self.flops = model_flops(base_of(model))
         self._timer = timer
+        timer.device = device
         self._device = device
         routers = find_routers(base_of(model)) if reads_routers else []
         self._num_routers = len(routers)

@@ -14,15 +14,20 @@ _UNTIMED = nullcontext()
 
 
 class PartTimer:
-    """Times named parts by events on the current stream of the device; on the CPU by the host's clock.
+    """Times named parts by events on the current stream of a device; on the CPU by the host's clock.
 
     Off until `active` is set, and then an `if` a part. What a stream waits for inside a part (a transfer, a rank that
     is late) counts as that part; what runs on other streams behind it does not.
+
+    Attributes:
+        active: whether parts are timed.
+        device: what computes them.
     """
 
     def __init__(self) -> None:
         """Nothing is measured yet."""
         self.active = False
+        self.device = torch.device("cpu")
         self._parts: list[tuple[str, Any, Any]] = []
         self._running: tuple[str, Any] | None = None
 
@@ -34,7 +39,7 @@ class PartTimer:
         """End the stretch that is under way, and begin another one; None: none. Parts may lie within a stretch."""
         if self._running is None and name is None:
             return
-        now = _now()
+        now = self._now()
         if self._running is not None:
             self._parts.append((*self._running, now))
         self._running = None if name is None else (name, now)
@@ -57,15 +62,13 @@ class PartTimer:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        since = _now()
+        since = self._now()
         yield
-        self._parts.append((name, since, _now()))
+        self._parts.append((name, since, self._now()))
 
-
-def _now() -> Any:
-    device = torch.accelerator.current_accelerator()
-    if device is None:
-        return time.perf_counter()
-    event = torch.Event(device, enable_timing=True)
-    event.record()
-    return event
+    def _now(self) -> Any:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self.device, enable_timing=True)
+        event.record()
+        return event

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from hf_moe_accel.callbacks.pictures import MAX_POINTS, relative_load, smooth
-from hf_moe_accel.callbacks.run_file import NAME, RunFile, read_run
+from hf_moe_accel.callbacks.pictures import MAX_POINTS, by_layer, load, relative_load, smooth
+from hf_moe_accel.callbacks.run_file import NAME, Run, RunFile, read_run
 from hf_moe_accel.cli import main
 
 ABOUT = {
@@ -34,7 +35,13 @@ def counted(step: int, layers: int = 2) -> dict[str, Any]:
         **{f"moe/time/{part}": 0.1 for part in ("data", "dispatch", "experts", "combine", "optimizer")},
         **{f"moe/time/{part}": 0.4 for part in ("forward", "backward")},
     }
-    return {"step": step, "logs": logs, "experts": {"load": [[step, 8, 8, 0]] * layers, "rank_tokens": [30, 10]}}
+    experts = {
+        "load": [[step, 8, 8, 0]] * layers,
+        "rank_tokens": [30, 10],
+        "rank_max_over_mean": [1.5] * layers,
+        "router_entropy": [0.5] * layers,
+    }
+    return {"step": step, "logs": logs, "experts": experts}
 
 
 def write_run(folder: Path, records: list[dict[str, Any]], **about: Any) -> None:
@@ -79,7 +86,7 @@ def test_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == f"{folder / 'index.html'}: 5 logs up to step 10; the pictures lie beside it.\n"
     page = Page((folder / "index.html").read_text(encoding="utf-8"))
     assert not page.open and not page.foreign, "every element is closed, and nothing is loaded from elsewhere"
-    assert list(page.images) == ["overview", "balance", "speed", "ranks"]
+    assert list(page.images) == ["overview", "balance", "layers", "speed", "ranks"]
     for name, content in page.images.items():
         assert content == (folder / f"{name}.png").read_bytes()
         with Image.open(io.BytesIO(content)) as picture:
@@ -102,13 +109,12 @@ def test_a_run_of_one_rank_without_measured_steps(tmp_path: Path) -> None:
     write_run(tmp_path, [record], world_size=1)
     assert main(["report", str(tmp_path)]) == 0
     page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
-    assert list(page.images) == ["overview", "balance"]
+    assert list(page.images) == ["overview", "balance", "layers"]
 
 
-def test_layers_are_left_out_where_they_are_many(tmp_path: Path) -> None:
-    write_run(tmp_path, [counted(step, layers=40) for step in (2, 4)], num_experts=[4] * 40)
-    assert main(["report", str(tmp_path)]) == 0
-    with Image.open(tmp_path / "report" / "overview.png") as picture:
+def test_layers_are_left_out_where_they_are_many() -> None:
+    run = Run(ABOUT, [counted(step, layers=40) for step in (2, 4)])
+    with Image.open(io.BytesIO(load(run))) as picture:
         assert picture.height < 2500
 
 
@@ -116,6 +122,13 @@ def test_the_load_is_in_times_an_equal_share() -> None:
     steps, shares = relative_load([(2, {"load": [[2, 4, 6, 0]]}), (4, {"load": [[0, 0, 0, 0]]})], layer=0)
     assert steps == [2, 4]
     assert shares.tolist() == [[2 / 3, 4 / 3, 2, 0], [0, 0, 0, 0]]
+
+
+def test_a_measure_by_layer() -> None:
+    counted = [(2, {"load": [[2, 4, 6, 0], [0, 0, 0, 0]]}), (4, {"load": [[1, 1, 1, 1], [0, 0, 4, 0]]})]
+    values = by_layer(counted, lambda load: load.max() / load.mean())
+    assert values[0, 0] == 2 and math.isnan(values[0, 1])
+    assert values[1].tolist() == [1, 4]
 
 
 def test_neighbours_are_taken_together_where_points_are_many() -> None:

@@ -34,7 +34,7 @@ def no_waiting() -> Iterator[None]:
 
 def test_counting_and_timing_do_not_wait_for_the_device() -> None:
     stats, timer = RoutingStats(2, 4), PartTimer()
-    timer.active = True
+    timer.active, timer.device = True, DEVICE
     ids = torch.tensor([[0, 1], [1, 3]], device=DEVICE)
     rows = rows_for([0, 1, 1, 3], 2, 4)
     rows = rows._replace(counts_e=rows.counts_e.to(DEVICE))
@@ -50,7 +50,7 @@ def test_counting_and_timing_do_not_wait_for_the_device() -> None:
 
 def test_parts_are_timed_by_the_device() -> None:
     timer = PartTimer()
-    timer.active = True
+    timer.active, timer.device = True, DEVICE
     x = torch.randn(8192, 8192, device=DEVICE)
     x @ x
     torch.cuda.synchronize()
