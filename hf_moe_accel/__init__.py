@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_moe_accel.auto import AutoModelForCausalLM
+    from hf_moe_accel.callbacks.metrics import MoEMetricsCallback, add_metrics
     from hf_moe_accel.callbacks.plugin import MoEAccelCallback
+    from hf_moe_accel.callbacks.wandb import MoEWandbCallback
     from hf_moe_accel.config import MoEAccelConfig
     from hf_moe_accel.hf.export import export_checkpoint
     from hf_moe_accel.hf.peft_bridge import PeftModel, export_adapter, get_peft_model
@@ -41,7 +43,10 @@ _MODULE_OF = {
     "AutoModelForCausalLM": "auto",
     "MoEAccelCallback": "callbacks.plugin",
     "MoEAccelConfig": "config",
+    "MoEMetricsCallback": "callbacks.metrics",
+    "MoEWandbCallback": "callbacks.wandb",
     "PeftModel": "hf.peft_bridge",
+    "add_metrics": "callbacks.metrics",
     "clip_grad_norm_": "optim",
     "export_adapter": "hf.peft_bridge",
     "export_checkpoint": "hf.export",
@@ -61,7 +66,10 @@ __all__ = [
     "AutoModelForCausalLM",
     "MoEAccelCallback",
     "MoEAccelConfig",
+    "MoEMetricsCallback",
+    "MoEWandbCallback",
     "PeftModel",
+    "add_metrics",
     "clip_grad_norm_",
     "export_adapter",
     "export_checkpoint",

@@ -29,7 +29,10 @@ what is left in DIR:
   checkpoint/                     the trained model, as save_pretrained of transformers would have written it
   adapter/                        with --lora: what was trained, as PEFT writes it; fits the random weights of --seed
   demo.png                        the loss, and the load of the experts over time
-  history.json                    the numbers behind the picture
+  report/index.html               the page of hf-moe-accel report: that picture, and others
+  moe_metrics.jsonl               the numbers behind the pictures
+  wandb/                          where wandb is installed: the run, offline
+  history.json                    the losses, and what else is summed up at the end
   reference_logits.safetensors    what the trained model computed, and the reloaded one has to
 An earlier demo's files in DIR are overwritten; others are left alone.
 
@@ -111,6 +114,28 @@ TRAINING = {
     "reward": "train a model that scores answers, on pairs of a chosen and a rejected one",
 }
 
+REPORT_DESCRIPTION = """\
+Draw what a run has logged, without an account anywhere: the loss, the load of the experts over time, balance, speed
+and the parts of a step, from the file moe_metrics.jsonl that a run of our trainers keeps in its output_dir. A run that
+is still going on can be looked at as well."""
+
+REPORT_EPILOG = """\
+what is left in RUN_DIR/report, in the place of an earlier report:
+  index.html      one page with all pictures in it, the newest numbers and what was prepared
+  overview.png    the loss, and the load of the experts over time
+  balance.png     how evenly experts and ranks are used
+  layers.png      the same by layer
+  speed.png       tokens a second, and the parts of a step
+  ranks.png       tokens sent to each rank (several ranks only)
+
+exit code:
+  0  the page is written
+  2  RUN_DIR holds no such file or nothing to draw, or matplotlib is missing
+
+examples:
+  hf-moe-accel report run
+  hf-moe-accel report demo-output"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
@@ -128,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_checkpoint(commands)
     _add_merge(commands)
+    _add_report(commands)
     arguments = parser.parse_args(argv)
     code: int = arguments.run(arguments)
     return code
@@ -281,6 +307,25 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
         wanted = (arguments.base, arguments.adapter, arguments.out, arguments.layout)
         return merge(_checked(parser, check_merge, *wanted), arguments.out)
+
+    parser.set_defaults(run=run)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="draw what a run has logged, as pictures and one page",
+        description=REPORT_DESCRIPTION,
+        epilog=REPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="RUN_DIR", type=Path, help="a run's output_dir")
+
+    def run(arguments: argparse.Namespace) -> int:
+        # Imported here: torch takes seconds, and --help shall not.
+        from hf_moe_accel.commands.report import check_report, report
+
+        return report(_checked(parser, check_report, arguments.directory), arguments.directory)
 
     parser.set_defaults(run=run)
 

@@ -102,6 +102,13 @@ class MoEAccelConfig:
             "layer."
         },
     )
+    expert_metrics: bool = field(
+        default=True,
+        metadata={
+            "help": "Count where tokens go and time the parts of a step, and log both: load of the experts and the "
+            "ranks, entropy of the routers, tokens a second, utilisation, memory. False: count and log nothing."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check each value by arithmetic alone; no device, no network, no process group is touched."""

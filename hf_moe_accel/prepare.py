@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -122,7 +122,9 @@ def prepare_moe_model(
         config.collective_timeout,
         config.overlap_chunks or "auto",
         config.check_tokens,
+        config.expert_metrics,
     )
+    runtime.report, runtime.settings = report(base, found, setup), asdict(config)
     bind(base, found, runtime)
     if setup.topology.ep_size > 1 and runtime.chunks.wanted not in ("auto", 1):
         # Not by "auto" before GPUs have shown what it gains.
@@ -141,7 +143,7 @@ def prepare_moe_model(
         base.resize_token_embeddings = MethodType(_resize_token_embeddings, base)
         base.load_state_dict = MethodType(_load_state_dict, base)
     assert [name for name, _ in base.named_parameters()] == names, "preparing a model must not rename its parameters"
-    say(report(base, found, setup))
+    say(runtime.report)
     return model
 
 
@@ -262,6 +264,7 @@ def _check_prepared(runtime: MoERuntime, config: MoEAccelConfig) -> None:
         ("expert_backend", backend == "auto" or EXPERT_BACKENDS.load(backend) is type(runtime.backend)),
         ("overlap_chunks", config.overlap_chunks in ("auto", runtime.chunks.wanted)),
         ("check_tokens", config.check_tokens <= runtime.check_tokens),
+        ("expert_metrics", config.expert_metrics or runtime.stats is None),
     ):
         if not kept:
             raise ValueError(

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_moe_accel.moe.overlap import ChunkChoice
 from hf_moe_accel.moe.stats import RoutingStats
+from hf_moe_accel.moe.timing import PartTimer
 from hf_moe_accel.moe.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class MoERuntime:
         collective_timeout: seconds that a rank may come no further within a forward or backward pass.
         overlap_chunks: parts that a layer's tokens are sent in, or "auto".
         check_tokens: whether tokens are looked at before they are sent.
+        expert_metrics: whether it is counted where tokens go.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class MoERuntime:
         collective_timeout: float,
         overlap_chunks: int | str = "auto",
         check_tokens: bool = False,
+        expert_metrics: bool = True,
     ) -> None:
         """Hold the parts; start nothing."""
         self.topology = topology
@@ -58,7 +61,10 @@ class MoERuntime:
         self.chunks = ChunkChoice(overlap_chunks)
         self.check_tokens = check_tokens
         self.saving: CheckpointSave | None = None  # where the model's weights go while a trainer saves a checkpoint
-        self.stats = RoutingStats(len(num_experts), max(num_experts))
+        self.stats = RoutingStats(len(num_experts), max(num_experts)) if expert_metrics else None
+        self.timer = PartTimer()
+        self.report = ""  # what was prepared, for people
+        self.settings: dict[str, Any] = {}  # the configuration that it was prepared with
         self._passes = 0
         self._name = _name_of_a_model() if topology.ep_size > 1 else ""
         self._in_backward = False
@@ -144,7 +150,9 @@ class MoERuntime:
             self.collective_timeout,
             self.chunks.wanted,
             self.check_tokens,
+            self.stats is not None,
         )
+        copied.report, copied.settings = self.report, self.settings
         memo[id(self)] = copied
         return copied
 

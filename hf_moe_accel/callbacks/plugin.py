@@ -18,7 +18,7 @@ class MoEAccelCallback(TrainerCallback):
 
     In this form a run saves through the model's own `save_pretrained` (standard files), needs `save_only_model=True`
     or `save_strategy="no"`, and can neither resume nor load the best checkpoint at its end. `AcceleratedMoETrainer`
-    knows more.
+    knows more. `MoEMetricsCallback` comes with it.
 
     Raises:
         ValueError: the model was not prepared, the optimizer's state would be saved, the run was resumed, or the best
@@ -26,7 +26,7 @@ class MoEAccelCallback(TrainerCallback):
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check what the run will save and load."""
+        """Check what the run will save and load, and add the metrics."""
         if args.save_strategy != "no" and not args.save_only_model:
             raise ValueError(
                 "MoEAccelCallback needs save_only_model=True (or save_strategy='no'): the optimizer state of a "

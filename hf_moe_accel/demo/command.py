@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_moe_accel.callbacks import pictures
+from hf_moe_accel.callbacks.page import write_report
+from hf_moe_accel.callbacks.run_file import read_run
 from hf_moe_accel.demo.history import History
 from hf_moe_accel.demo.options import DemoOptions, OutputFiles
-from hf_moe_accel.demo.plots import draw_history
 from hf_moe_accel.launch import launch
 
 if TYPE_CHECKING:
@@ -72,7 +74,9 @@ def run_demo(options: DemoOptions) -> int:
     from hf_moe_accel.demo.reload import ReloadedCheckpoint
 
     history = History.load(files.history)
-    draw_history(history, files.picture)
+    run = read_run(files.folder)
+    files.picture.write_bytes(pictures.overview(run, history.model))
+    write_report(run, files.folder, history.model)
     reloaded = ReloadedCheckpoint(files.checkpoint)
     check = reloaded.check(files.reference)
     completions = _completions(history, reloaded)
@@ -100,6 +104,7 @@ def _summary(history: History, check: ReloadCheck, files: OutputFiles, seconds: 
              {agreement}
              {keys or "no missing, unexpected or mismatched key"}
   files      {folders}
+             {files.page}
              {files.picture}
              {files.history}
              {files.reference}"""

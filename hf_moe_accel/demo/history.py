@@ -18,8 +18,6 @@ class History:
         num_steps: of the whole training.
         train_loss: (step, mean loss of the steps since the last entry); in nats a token.
         held_out_loss: (step, loss on the held-out pairs).
-        load_steps: the last step of each entry of `expert_load`.
-        expert_load: [points][MoE layers][experts], tokens sent to each expert since the last point, over all ranks.
         num_tokens: tokens trained on, padding aside.
         train_seconds: time spent in training steps; evaluation, loading and saving aside.
         samples: held-out pairs to complete.
@@ -29,8 +27,6 @@ class History:
     num_steps: int
     train_loss: list[tuple[int, float]]
     held_out_loss: list[tuple[int, float]]
-    load_steps: list[int]
-    expert_load: list[list[list[int]]]
     num_tokens: int
     train_seconds: float
     samples: list[Pair]

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -34,8 +36,6 @@ from hf_moe_accel import AcceleratedMoETrainer, export_checkpoint
 from hf_moe_accel.demo import data
 from hf_moe_accel.demo.history import History
 from hf_moe_accel.demo.options import DemoOptions, OutputFiles
-from hf_moe_accel.moe.stats import RoutingStats
-from hf_moe_accel.runtime import runtime_of
 
 MAX_LENGTH = 128
 NUM_SAMPLES = 3
@@ -124,38 +124,6 @@ GPU_PRESET = Preset(
 )
 
 
-class LoadRecorder(TrainerCallback):
-    """Keeps how many of this rank's training tokens each expert got.
-
-    Args:
-        stats: the counts of the model's runtime; they are taken out, so one recorder only can read them.
-        every: steps of a group that is counted together.
-    """
-
-    def __init__(self, stats: RoutingStats, every: int) -> None:
-        self.stats = stats
-        self.every = every
-        self.steps: list[int] = []
-        self.loads: list[torch.Tensor] = []  # [layers, experts] int64 each
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the counts at the end of a group, and of the training."""
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.steps.append(state.global_step)
-            self.loads.append(self.stats.drain())
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Throw the held-out tokens away."""
-        self.stats.drain()
-
-    def sum_over_ranks(self, device: torch.device) -> torch.Tensor:
-        """Return [groups, layers, experts] int64 on CPU. All ranks must call."""
-        load = torch.stack(self.loads).to(device)
-        if dist.is_initialized():
-            dist.all_reduce(load)
-        return load.cpu()
-
-
 class Progress(TrainerCallback):
     """A progress bar in a terminal, a line now and then everywhere, and the seconds spent in training steps.
 
@@ -233,16 +201,11 @@ def train(options: DemoOptions) -> None:
         data_collator=data.PadToLongest(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    runtime = runtime_of(trainer.model)
-    assert runtime is not None, "the trainer prepares a mixture-of-experts model"
-    recorder = LoadRecorder(runtime.stats, args.logging_steps)
     progress = Progress(math.ceil(num_steps / NUM_PRINTED))
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(recorder)
     trainer.add_callback(progress)
     trainer.train()
 
-    expert_load = recorder.sum_over_ranks(args.device)
     reference = _reference_logits(trainer, held_out_examples[-NUM_REFERENCE_SEQUENCES:])
     if options.lora:
         export_checkpoint(trainer.model, files.checkpoint)
@@ -259,8 +222,6 @@ def train(options: DemoOptions) -> None:
             num_steps=num_steps,
             train_loss=[(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
             held_out_loss=[(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry],
-            load_steps=recorder.steps,
-            expert_load=expert_load.tolist(),
             num_tokens=trainer.state.num_input_tokens_seen,
             train_seconds=progress.seconds,
             samples=random.Random(options.seed).sample(_public(held_out_pairs), NUM_SAMPLES),
@@ -293,6 +254,9 @@ def _millions(parameters: Iterable[torch.nn.Parameter]) -> str:
 
 
 def _training_arguments(options: DemoOptions, preset: Preset, num_steps: int, use_cpu: bool) -> TrainingArguments:
+    # Without an account: `wandb sync` uploads what is left in the output folder.
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ |= {"WANDB_DIR": options.output_dir, "WANDB_SILENT": "true"}
     args = TrainingArguments(
         output_dir=options.output_dir,
         max_steps=num_steps,
@@ -308,7 +272,7 @@ def _training_arguments(options: DemoOptions, preset: Preset, num_steps: int, us
         eval_on_start=True,
         save_strategy="no",
         include_num_input_tokens_seen="non_padding",
-        report_to="none",
+        report_to="wandb" if importlib.util.find_spec("wandb") else "none",
         disable_tqdm=True,  # Progress replaces it
         seed=options.seed,
         use_cpu=use_cpu,

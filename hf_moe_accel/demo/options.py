@@ -30,6 +30,8 @@ class OutputFiles:
         self.checkpoint = folder / "checkpoint"
         self.adapter = folder / "adapter"
         self.picture = folder / "demo.png"
+        self.page = folder / "report" / "index.html"
+        self.wandb = folder / "wandb"
         self.history = folder / "history.json"
         self.reference = folder / "reference_logits.safetensors"
 
@@ -38,5 +40,5 @@ class OutputFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in (self.picture, self.history, self.reference):
             path.unlink(missing_ok=True)
-        for path in (self.checkpoint, self.adapter):
+        for path in (self.checkpoint, self.adapter, self.page.parent, self.wandb):
             shutil.rmtree(path, ignore_errors=True)

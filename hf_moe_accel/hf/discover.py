@@ -93,6 +93,21 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     return found
 
 
+def find_routers(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """The routers of a transformers model, in order, each with the place of its logits among its outputs.
+
+    They are what the model says that `output_router_logits` records; empty where it says nothing.
+    """
+    recorder: Any = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+    if not hasattr(recorder, "target_class"):
+        return []
+    return [
+        (module, recorder.index)
+        for name, module in model.named_modules()
+        if isinstance(module, recorder.target_class) and name.endswith(recorder.layer_name or "")
+    ]
+
+
 def refuse_quantized(model: Any) -> None:
     """Refuse a model whose weights are quantized, or will be when they are read.
 

@@ -45,6 +45,7 @@ from hf_moe_accel.moe.overlap import (
 )
 from hf_moe_accel.moe.replay import current_region
 from hf_moe_accel.moe.stats import RoutingStats
+from hf_moe_accel.moe.timing import PartTimer
 
 
 class Runtime(Protocol):
@@ -52,7 +53,8 @@ class Runtime(Protocol):
 
     dispatcher: TokenDispatcher
     backend: ExpertBackend
-    stats: RoutingStats
+    stats: RoutingStats | None
+    timer: PartTimer
     chunks: ChunkChoice
     check_tokens: bool
 
@@ -132,6 +134,7 @@ class _UnderWay:
         result: in the forward pass: waits, and returns the result [T, D] in the dtype of the model.
         plan: of the exchange.
         dispatcher: that makes it.
+        timer: of the parts of a step.
         dtype: in which gradients travel.
         gradient: in the backward pass: the gradient of the result, in `dtype`, and its first chunk under way.
     """
@@ -139,6 +142,7 @@ class _UnderWay:
     result: Callable[[], Tensor] | None
     plan: Any
     dispatcher: TokenDispatcher
+    timer: PartTimer
     dtype: torch.dtype
     gradient: tuple[Tensor, Pending[Tensor]] | None
 
@@ -161,7 +165,8 @@ class _Arrival(torch.autograd.Function):
         plan = _put_tensors(skeleton, iter(ctx.saved_tensors))
         with torch.autocast(grad_TD.device.type, enabled=False):
             grad = grad_TD.to(under_way.dtype).contiguous()
-            under_way.gradient = (grad, under_way.dispatcher.combine_backward(grad, plan, 0))
+            with under_way.timer.part("combine"):
+                under_way.gradient = (grad, under_way.dispatcher.combine_backward(grad, plan, 0))
         return None, grad_TD.new_empty(0)
 
 
@@ -198,17 +203,18 @@ class _TokenPath(torch.autograd.Function):
             saved = compute_again(call, rows)
             result = kept.out_TD.clone
         else:
-            if counts:
-                runtime.stats.add(layer, ids_TK)
             chunks = runtime.chunks.of(layer, dispatcher)
-            with runtime.waiting(step, layer, "forward, plan"):
+            with runtime.timer.part("dispatch"), runtime.waiting(step, layer, "forward, plan"):
                 plan = dispatcher.plan(ids_TK, spec.num_experts, chunks)
                 runtime.chunks.learn(dispatcher, plan)
             finish, rows, saved = send_and_compute(call, x_TD.to(dtype), weights_TK, plan, chunks)
+            if counts and runtime.stats is not None:
+                runtime.stats.add(layer, ids_TK)
+                runtime.stats.add_rows(layer, rows)
             keep = None if region is None else partial(region.keep, ids_TK, plan, rows)
             result = partial(_result, finish, x_TD.dtype, keep)
         under_way.result, under_way.plan = result, plan
-        under_way.dispatcher, under_way.dtype = dispatcher, dtype
+        under_way.dispatcher, under_way.timer, under_way.dtype = dispatcher, runtime.timer, dtype
 
         tensors, skeleton = _take_tensors((plan, rows, saved))
         ctx.save_for_backward(*tensors, *parameters)

@@ -30,6 +30,7 @@ from hf_moe_accel.experts.base import (
     NeededGrads,
     WeightGrads,
 )
+from hf_moe_accel.moe.timing import PartTimer
 from hf_moe_accel.ops.permutation import Dispatched
 
 # What "auto" cuts: a chunk keeps so many tokens of the rank that has most, so that the experts' products stay large.
@@ -76,6 +77,7 @@ class Watched(Protocol):
 
     dispatcher: TokenDispatcher
     backend: ExpertBackend
+    timer: PartTimer
 
     def waiting(self, step: int, layer: int, direction: str) -> AbstractContextManager[None]:
         """Marks a wait for other ranks."""
@@ -120,25 +122,30 @@ def send_and_compute(
         backend keeps of each chunk).
     """
     place = call.place
-    dispatcher, backend = place.runtime.dispatcher, place.runtime.backend
-    arriving = [dispatcher.dispatch(x_TD, weights_TK, plan, 0)]
+    dispatcher, backend, timed = place.runtime.dispatcher, place.runtime.backend, place.runtime.timer.part
+    with timed("dispatch"):
+        arriving = [dispatcher.dispatch(x_TD, weights_TK, plan, 0)]
     returning: list[Pending[Tensor]] = []
     rows: list[Dispatched] = []
     saved: list[tuple[Tensor, ...]] = []
     out: list[Tensor] = []
     for i in range(chunks):
-        if i + 1 < chunks:
-            arriving.append(dispatcher.dispatch(x_TD, weights_TK, plan, i + 1))
-        rows.append(place.wait(arriving[i], "forward, dispatch", i, chunks))
-        y_ND, kept = backend.forward(call.spec, call.weights, rows[i])
+        with timed("dispatch"):
+            if i + 1 < chunks:
+                arriving.append(dispatcher.dispatch(x_TD, weights_TK, plan, i + 1))
+            rows.append(place.wait(arriving[i], "forward, dispatch", i, chunks))
+        with timed("experts"):
+            y_ND, kept = backend.forward(call.spec, call.weights, rows[i])
         saved.append(kept)
-        returning.append(dispatcher.combine(y_ND, plan, i))
-        if i > 0:
-            out.append(place.wait(returning[i - 1], "forward, combine", i - 1, chunks))
+        with timed("combine"):
+            returning.append(dispatcher.combine(y_ND, plan, i))
+            if i > 0:
+                out.append(place.wait(returning[i - 1], "forward, combine", i - 1, chunks))
 
     def finish() -> Tensor:
-        out.append(place.wait(returning[-1], "forward, combine", chunks - 1, chunks))
-        joined: Tensor = _joined(out)
+        with timed("combine"):
+            out.append(place.wait(returning[-1], "forward, combine", chunks - 1, chunks))
+            joined: Tensor = _joined(out)
         return joined
 
     return finish, tuple(rows), tuple(saved)
@@ -146,7 +153,9 @@ def send_and_compute(
 
 def compute_again(call: LayerPass, rows: tuple[Dispatched, ...]) -> Saved:
     """What the backend keeps of each chunk, from the rows that arrived before. Sends nothing."""
-    return tuple(call.place.runtime.backend.forward(call.spec, call.weights, of_chunk)[1] for of_chunk in rows)
+    runtime = call.place.runtime
+    with runtime.timer.part("experts"):
+        return tuple(runtime.backend.forward(call.spec, call.weights, of_chunk)[1] for of_chunk in rows)
 
 
 def send_and_compute_backward(
@@ -180,25 +189,31 @@ def send_and_compute_backward(
         ([T, D] or None, [T, K] fp32 or None, the sum over the chunks, in their order, of the parameters' gradients).
     """
     place = call.place
-    dispatcher, backend = place.runtime.dispatcher, place.runtime.backend
+    dispatcher, backend, timed = place.runtime.dispatcher, place.runtime.backend, place.runtime.timer.part
     chunks = len(rows)
     arriving = [first]
     returning: list[Pending[tuple[Tensor | None, Tensor | None]]] = []
     back: list[tuple[Tensor | None, Tensor | None]] = []
     total: list[Tensor | None] = []
     for i in range(chunks):
-        if i + 1 < chunks:
-            arriving.append(dispatcher.combine_backward(grad_TD, plan, i + 1))
-        grad_ND = place.wait(arriving[i], "backward, combine", i, chunks)
-        grads = backend.backward_rows(
-            call.spec, call.weights, rows[i], saved[i], grad_ND, needs, need_x=need_x, need_routing=need_routing
-        )
-        returning.append(dispatcher.dispatch_backward(grads.x_ND, grads.weights_R, plan, i, rows[i]))
-        of_chunk = backend.backward_weights(call.spec, call.weights, rows[i], grads, needs).flat()
-        total = [_sum(*parts) for parts in zip(total, of_chunk, dtypes, strict=True)] if total else list(of_chunk)
+        with timed("combine"):
+            if i + 1 < chunks:
+                arriving.append(dispatcher.combine_backward(grad_TD, plan, i + 1))
+            grad_ND = place.wait(arriving[i], "backward, combine", i, chunks)
+        with timed("experts"):
+            grads = backend.backward_rows(
+                call.spec, call.weights, rows[i], saved[i], grad_ND, needs, need_x=need_x, need_routing=need_routing
+            )
+        with timed("dispatch"):
+            returning.append(dispatcher.dispatch_backward(grads.x_ND, grads.weights_R, plan, i, rows[i]))
+        with timed("experts"):
+            of_chunk = backend.backward_weights(call.spec, call.weights, rows[i], grads, needs).flat()
+            total = [_sum(*parts) for parts in zip(total, of_chunk, dtypes, strict=True)] if total else list(of_chunk)
         if i > 0:
-            back.append(place.wait(returning[i - 1], "backward, dispatch", i - 1, chunks))
-    back.append(place.wait(returning[-1], "backward, dispatch", chunks - 1, chunks))
+            with timed("dispatch"):
+                back.append(place.wait(returning[i - 1], "backward, dispatch", i - 1, chunks))
+    with timed("dispatch"):
+        back.append(place.wait(returning[-1], "backward, dispatch", chunks - 1, chunks))
     grads_x, grads_weights = zip(*back, strict=True)
     of_weights = WeightGrads.of(total, len(call.weights.up_lora))
     return _joined(grads_x) if need_x else None, _joined(grads_weights) if need_routing else None, of_weights

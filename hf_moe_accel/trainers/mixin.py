@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from hf_moe_accel.auto import AutoModelForCausalLM, refuse_load_arguments
+from hf_moe_accel.callbacks.metrics import add_metrics
 from hf_moe_accel.config import MoEAccelConfig
 from hf_moe_accel.hf.discover import base_of, find_experts
 from hf_moe_accel.hf.install import keep_liger_off_experts
@@ -83,6 +84,8 @@ class AcceleratedMoEMixin(CheckpointMixin):
             if loads_itself:
                 training_args.model_init_kwargs = model_init_kwargs
         self._check_optimizer()
+        if self.moe_config.expert_metrics:
+            add_metrics(self)
         if self.moe_config.per_expert_adapter_on_save and hasattr(self.model, "peft_config"):
             from hf_moe_accel.hf.peft_bridge import check_per_expert
 

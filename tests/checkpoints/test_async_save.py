@@ -16,7 +16,7 @@ from hf_moe_accel.weights.export import _TensorFile
 from hf_moe_accel.weights.manifest import check_manifest
 from hf_moe_accel.weights.ranks import AllRanksError
 from tests.helpers.ranks import run_ranks
-from tests.helpers.resumable import make_trainer, run
+from tests.helpers.resumable import make_trainer, run, saved_in
 
 
 class Steps(TrainerCallback):
@@ -76,6 +76,6 @@ def test_an_error_in_the_background_is_raised(from_step: int, raised_at: int, tm
         assert "failed on rank 1: OSError: [Errno 28] No space left on device" in error
         assert step == raised_at
         assert (f"checkpoint-{from_step} could not be saved" in output) == (rank == 0)
-    left = sorted(path.name for path in tmp_path.iterdir())
+    left = saved_in(tmp_path)
     assert left == [f"checkpoint-{step}" for step in range(2, from_step, 2)]
     assert all(not check_manifest(tmp_path / name).problems for name in left)

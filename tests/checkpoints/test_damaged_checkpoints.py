@@ -23,7 +23,7 @@ from hf_moe_accel.weights.export import _TensorFile
 from hf_moe_accel.weights.manifest import MANIFEST_NAME, check_manifest
 from hf_moe_accel.weights.ranks import AllRanksError, Ranks
 from tests.helpers.ranks import run_ranks
-from tests.helpers.resumable import Result, make_trainer, run
+from tests.helpers.resumable import Result, make_trainer, run, saved_in
 
 STEPS = 6
 WEIGHTS = "model-00001-of-00002.safetensors"
@@ -174,7 +174,7 @@ def test_a_half_written_checkpoint_is_named_and_gone_after_the_next_save(
     assert_goes_on([result for result, _ in captured], whole[1], 4)
     note = f"not resumed from: {half_written} is half-written"
     assert [output.count(note) for _, output in captured] == [1, 0]
-    assert sorted(path.name for path in died.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert saved_in(died) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert check_manifest(died / "checkpoint-6").problems == ()
 
 
@@ -259,7 +259,7 @@ def test_a_full_disk(free: int, async_save: bool, tmp_path: Path, whole: tuple[P
         run_dir = disk / "run"
         errors = run_ranks(failed_save, 2, str(run_dir), None, [FillDisk(free)], async_save=async_save, init=False)
         assert_failed(errors, run_dir / "checkpoint-4", "No space left on device")
-        assert [path.name for path in run_dir.iterdir()] == ["checkpoint-2"]
+        assert saved_in(run_dir) == ["checkpoint-2"]
         assert check_manifest(run_dir / "checkpoint-2").problems == ()
         (disk / "filler").unlink()
         results = run_ranks(run, 2, str(run_dir), True, async_save=async_save, max_steps=STEPS, init=False)
@@ -279,7 +279,7 @@ def test_a_disk_that_is_full_for_one_rank(died: Path, whole: tuple[Path, list[Re
     checkpoint = died / "checkpoint-2"
     errors = run_ranks(failed_write_on_rank_1, 2, str(died), str(checkpoint), init=False)
     assert_failed(errors, died / "checkpoint-4", "on rank 1: OSError: [Errno 28] No space left on device")
-    assert [path.name for path in died.iterdir()] == ["checkpoint-2"]
+    assert saved_in(died) == ["checkpoint-2"]
     assert check_manifest(checkpoint).problems == ()
 
 

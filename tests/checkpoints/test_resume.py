@@ -18,7 +18,16 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from hf_moe_accel.weights.manifest import check_manifest
 from tests.helpers.models import tiny_model
 from tests.helpers.ranks import RanksError, run_ranks
-from tests.helpers.resumable import GLOBAL_BATCH, NUM_ROWS, Result, dropping_model, make_trainer, numbered_rows, run
+from tests.helpers.resumable import (
+    GLOBAL_BATCH,
+    NUM_ROWS,
+    Result,
+    dropping_model,
+    make_trainer,
+    numbered_rows,
+    run,
+    saved_in,
+)
 from tests.helpers.tolerances import assert_close
 
 STEPS_PER_EPOCH = NUM_ROWS // GLOBAL_BATCH
@@ -337,8 +346,8 @@ def test_a_stream_on_another_number_of_ranks(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_a_standard_model_and_keeps_what_trainer_keeps(tmp_path: Path) -> None:
     (result, *_) = run_ranks(run, 2, str(tmp_path), save_total_limit=2, init=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-7"]
-    for path in tmp_path.iterdir():
+    assert saved_in(tmp_path) == ["checkpoint-6", "checkpoint-7"]
+    for path in map(tmp_path.joinpath, saved_in(tmp_path)):
         assert not check_manifest(path).problems and not check_manifest(path).foreign
     last = tmp_path / "checkpoint-7"
     saved, info = AutoModelForCausalLM.from_pretrained(last, output_loading_info=True)
@@ -424,6 +433,6 @@ def test_an_optimizer_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
     options = {"optimizer_cls_and_kwargs": (ModuleState, {"lr": 1e-3})}
     with pytest.raises(RanksError, match="ModuleState keeps 'projector' of .* as a Linear, which cannot be saved"):
         run_ranks(run, 2, str(tmp_path), options={"train_dataset": numbered_rows(), **options}, init=False)
-    assert not list(tmp_path.iterdir())
+    assert not saved_in(tmp_path)
     options["train_dataset"] = numbered_rows()
     run_ranks(run, 2, str(tmp_path), options=options, save_only_model=True, init=False)

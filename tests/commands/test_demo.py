@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_moe_accel.callbacks.run_file import read_run
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -55,21 +57,27 @@ def test_it_leaves_checkpoint_picture_and_numbers(demo):
         "checkpoint",
         "demo.png",
         "history.json",
+        "moe_metrics.jsonl",
         "reference_logits.safetensors",
+        "report",
+        "wandb",
     ]
     assert {"config.json", "tokenizer.json"} <= {path.name for path in (folder / "checkpoint").iterdir()}
     assert list((folder / "checkpoint").glob("*.safetensors"))
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report" / "overview.png").read_bytes() == (folder / "demo.png").read_bytes()
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_every_choice_of_every_training_token_is_in_the_expert_load(demo):
     folder, _ = demo
     history = json.loads((folder / "history.json").read_text())
     config = json.loads((folder / "checkpoint" / "config.json").read_text())
-    for point in history["expert_load"]:
-        num_choices = [sum(layer) for layer in point]
+    loads = [experts["load"] for _, experts in read_run(folder).counted()]
+    for load in loads:
+        num_choices = [sum(layer) for layer in load]
         assert len(set(num_choices)) == 1 and num_choices[0] % config["num_experts_per_tok"] == 0
-    num_routed = sum(sum(point[0]) for point in history["expert_load"]) // config["num_experts_per_tok"]
+    num_routed = sum(sum(load[0]) for load in loads) // config["num_experts_per_tok"]
     # Padding is routed too: batches of similar length hold little of it, and evaluation would double the number.
     assert history["num_tokens"] <= num_routed < 1.5 * history["num_tokens"]
 

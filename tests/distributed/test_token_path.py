@@ -442,7 +442,7 @@ def test_choices_are_counted_in_training_only() -> None:
     with torch.no_grad():
         forward(spec, x, ids, routing, weights, runtime, 0)
     counts = torch.bincount(ids.reshape(-1), minlength=NUM_EXPERTS)
-    assert runtime.stats.drain().tolist() == [[0] * NUM_EXPERTS, counts.tolist()]
+    assert runtime.stats.take().choices_LE.tolist() == [[0] * NUM_EXPERTS, counts.tolist()]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -455,7 +455,7 @@ def test_a_recompute_is_not_counted(use_reentrant: bool) -> None:
         out = checkpoint(forward, spec, x, ids, routing, weights, runtime, 0, use_reentrant=use_reentrant, **context)
         out.sum().backward()
     counts = torch.bincount(ids.reshape(-1), minlength=NUM_EXPERTS)
-    assert runtime.stats.drain().tolist() == [(2 * counts).tolist()]
+    assert runtime.stats.take().choices_LE.tolist() == [(2 * counts).tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig
+from hf_moe_accel.callbacks.run_file import NAME
 from hf_moe_accel.log import warn_once
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 
@@ -117,13 +119,18 @@ def run(
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=resume)
     extra = after(trainer) if after else None
-    times = re.compile("runtime|per_second|preparation_time|_mem_")
+    times = re.compile("runtime|per_second|preparation_time|_mem_|^moe/")
     log = [{k: v for k, v in entry.items() if not times.search(k)} for entry in trainer.state.log_history]
     weights = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in trainer.model.named_parameters()
     }
     return Result([entry for entry in log if "loss" in entry], weights, trainer.__dict__.get("ids", {}), extra)
+
+
+def saved_in(output_dir: Path) -> list[str]:
+    """The names of what saving has left, in order: all but the file of the metrics, which grows with every log."""
+    return sorted(path.name for path in output_dir.iterdir() if path.name != NAME)
 
 
 def _plain_model() -> nn.Module:

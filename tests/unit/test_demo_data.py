@@ -1,8 +1,7 @@
-"""The demo's data, picture and options; no training."""
+"""The demo's data and options; no training."""
 
 from __future__ import annotations
 
-import struct
 import sys
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from hf_moe_accel.demo import data
 from hf_moe_accel.demo.command import check_demo
 from hf_moe_accel.demo.history import History
 from hf_moe_accel.demo.options import DemoOptions, OutputFiles
-from hf_moe_accel.demo.plots import draw_history
 
 VOCAB_SIZE = 1024
 
@@ -29,14 +27,12 @@ def tokenizer(pairs):
     return data.train_tokenizer(pairs[:2000], VOCAB_SIZE)
 
 
-def history(num_layers: int = 3, num_experts: int = 8) -> History:
+def history() -> History:
     return History(
         model="a model",
         num_steps=4,
         train_loss=[(2, 5.0), (4, 4.0)],
         held_out_loss=[(0, 6.0), (4, 4.5)],
-        load_steps=[2, 4],
-        expert_load=[[[0, *range(1, num_experts)] for _ in range(num_layers)] for _ in range(2)],
         num_tokens=100,
         train_seconds=2.0,
         samples=[data.Pair("f()", "Do it.")],
@@ -184,23 +180,6 @@ def test_the_order_of_training_follows_the_seed():
 
 
 # -- what is written
-
-
-@pytest.mark.parametrize("num_layers, num_experts", [(1, 2), (3, 8), (6, 32)])
-def test_the_picture_is_a_png_of_a_readable_size(tmp_path, num_layers, num_experts):
-    path = tmp_path / "demo.png"
-    draw_history(history(num_layers, num_experts), path)
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
-    width, height = struct.unpack(">II", content[16:24])
-    assert 1400 < width < 2000 and 800 < height < 2000
-
-
-def test_an_empty_history_is_not_drawn(tmp_path):
-    empty = history()
-    empty.train_loss = []
-    with pytest.raises(ValueError, match="nothing to draw"):
-        draw_history(empty, tmp_path / "demo.png")
 
 
 def test_history_reloads_as_it_was_saved(tmp_path):
