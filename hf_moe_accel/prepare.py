@@ -124,7 +124,6 @@ def prepare_moe_model(
         config.check_tokens,
         config.expert_metrics,
     )
-    runtime.report, runtime.settings = report(base, found, setup), asdict(config)
     bind(base, found, runtime)
     if setup.topology.ep_size > 1 and runtime.chunks.wanted not in ("auto", 1):
         # Not by "auto" before GPUs have shown what it gains.
@@ -132,6 +131,7 @@ def prepare_moe_model(
         reason = why_not_shared(base, found)
         if reason is not None:
             setup = replace(setup, notes=(*setup.notes, f"shared experts while tokens travel: {reason}"))
+    runtime.report, runtime.settings = report(base, found, setup), asdict(config)
     runtime.follow(base)
     keep_exchanges_when_checkpointing(base)
     base.moe_runtime = runtime

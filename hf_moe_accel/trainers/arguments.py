@@ -100,6 +100,14 @@ def _of_several_ranks(args: Any) -> Iterator[tuple[str, str]]:
             "even_batches=False in accelerator_config",
             "ranks would have batches of different number and size, which cannot be gathered in evaluation",
         )
+    for tracker, variable in _SAVE_AT_THE_END.items():
+        value = os.environ.get(variable, "false")
+        if tracker in args.report_to and value.lower() != "false":
+            yield (
+                f"{variable}={value}",
+                "transformers saves the model for it on rank 0 alone, which waits for the others; with W&B, "
+                "MoEWandbCallback(artifacts=...) uploads what all ranks have saved",
+            )
     if args.save_on_each_node:
         yield (
             "save_on_each_node=True",
@@ -120,6 +128,9 @@ def _of_several_ranks(args: Any) -> Iterator[tuple[str, str]]:
     if args.optim in OPTIMIZERS:
         yield f"optim={args.optim.value!r}", OPTIMIZERS[args.optim]
 
+
+# Trackers that have the model saved when training ends.
+_SAVE_AT_THE_END = {"wandb": "WANDB_LOG_MODEL", "swanlab": "SWANLAB_LOG_MODEL", "dvclive": "HF_DVCLIVE_LOG_MODEL"}
 
 _NO_DTENSOR = "the kernels of bitsandbytes take no sharded parameters; 'adamw_torch_fused' shards its state instead"
 _NO_LAYERWISE = "transformers runs layer-wise optimizers in one process only"

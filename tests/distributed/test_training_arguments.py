@@ -1189,7 +1189,7 @@ class Refused:
     def make(self, output_dir: str) -> TrainingArguments:
         later = {name: self.arguments[name] for name in ("deepspeed",) if name in self.arguments}
         given = {name: value for name, value in self.arguments.items() if name not in later}
-        args = TrainingArguments(output_dir=output_dir, use_cpu=True, report_to=[], **given)
+        args = TrainingArguments(output_dir=output_dir, use_cpu=True, **({"report_to": []} | given))
         # DeepSpeed need not be installed: only its being asked for is looked at.
         for name, value in later.items():
             setattr(args, name, value)
@@ -1215,6 +1215,9 @@ REFUSED = {
         "Delete even_batches=False in accelerator_config.", {"accelerator_config": {"even_batches": False}}
     ),
     "save_on_each_node": Refused("Delete save_on_each_node=True.", {"save_on_each_node": True}),
+    "WANDB_LOG_MODEL": Refused(
+        "Delete WANDB_LOG_MODEL=end.", {"report_to": ["wandb"]}, environ={"WANDB_LOG_MODEL": "end"}
+    ),
     "debug": Refused("Delete debug='underflow_overflow'.", {"debug": "underflow_overflow"}),
     "optim": Refused("Delete optim='adafactor'.", {"optim": "adafactor"}),
     "optim and saving": Refused("Set save_only_model=True, or save_strategy='no'", {"optim": "adamw_torch_8bit"}),
@@ -1253,6 +1256,7 @@ def never_reading_weights() -> Iterator[None]:
 @row("enable_jit_checkpoint", verdict="refused", note="A signal reaches the ranks at different steps.")
 @row("`accelerator_config` with `even_batches=False`", verdict="refused", note="On several ranks.")
 @row("bf16_full_eval", "fp16_full_eval", verdict="refused", note="On several ranks. `bf16` evaluates in bf16.")
+@row("`WANDB_LOG_MODEL`", verdict="refused", note="On several ranks. `MoEWandbCallback(artifacts=...)` uploads.")
 @row("save_on_each_node", verdict="refused", note="On several ranks, which write into one shared directory.")
 @row("debug", verdict="refused", note="'underflow_overflow' on several ranks: it cannot print sharded weights.")
 @pytest.mark.parametrize("loaded", [False, True], ids=["from disk", "loaded"])
