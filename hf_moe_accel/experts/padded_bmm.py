@@ -141,7 +141,7 @@ class PaddedBMMBackend(ExpertBackend):
                     grad_routing_S[block.slots] = dot(grad_a, a)
                 grad_a = weighted(grad_a, weights_S)
                 # On the narrower side of the outer products.
-                grad_thin = tuple((grad_Sr.float() * weights_S[:, None]).to(a.dtype) for grad_Sr in grad_thin)
+                grad_thin = tuple(weighted(grad_Sr, weights_S) for grad_Sr in grad_thin)
             if into_down_SI is not None:
                 into_down_SI[block.slots] = a if y_SD else weighted(a, weights_S)
             _grads_of_factors(block, of_down_lora, a, grad_y, block.of(down_thin), grad_thin)
