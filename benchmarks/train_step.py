@@ -145,6 +145,7 @@ def run_arm(options: argparse.Namespace) -> None:
             use_liger_kernel=options.liger == "on",
             # As ours does by itself: Liger's experts are no part of the comparison, and PEFT cannot reach into them.
             liger_kernel_config={"swiglu": False},
+            torch_compile=options.compile == "on",
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
@@ -190,7 +191,10 @@ def cells_of(options: argparse.Namespace) -> list[dict[str, Any]]:
 def compare(options: argparse.Namespace) -> None:
     """Run the cells and print their arms side by side."""
     cells = cells_of(options)
-    own = {name: getattr(options, name) for name in ("device", "layers", "warmup", "steps", "checkpointing", "liger")}
+    own = {
+        name: getattr(options, name)
+        for name in ("device", "layers", "warmup", "steps", "checkpointing", "liger", "compile")
+    }
     found: list[dict[str, Any]] = []
     for cell in cells:
         print(cell, flush=True)
@@ -238,6 +242,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the model has")
     parser.add_argument("--checkpointing", choices=("on", "off"), default="on", help="of activations (default on)")
     parser.add_argument("--liger", choices=("on", "off"), default="off", help="norms, rope and loss by liger-kernel")
+    parser.add_argument("--compile", choices=("on", "off"), default="off", help="torch_compile (default off)")
     parser.add_argument("--profile", action="store_true", help="print where the time of one arm of one cell goes")
     parser.add_argument("--arm", default=OURS, help="with --profile: ours (default), 'stock grouped_mm', ...")
     parser.add_argument("--result", help=argparse.SUPPRESS)

@@ -8,7 +8,7 @@ Both are adapters of a few lines; DTensors end here (transformers hands over loc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ class Binding:
             up, down = (adapters[name].active_pairs() if name in adapters else () for name in self._projections)
             parameters = parameters._replace(up_lora=up, down_lora=down)
         top_k = ids.size(-1)
-        out = _uncompiled_token_path()(
+        out = token_path.forward(
             self._spec,
             hidden.reshape(-1, hidden.size(-1)),
             ids.reshape(-1, top_k),
@@ -78,13 +78,8 @@ class Binding:
         return out if hidden.dim() == 2 else out.reshape(hidden.shape)
 
 
-@cache
-def _uncompiled_token_path() -> Callable[..., Tensor]:
-    """The token path as one region that torch.compile leaves alone: its sizes depend on the data."""
-    wrapped: Callable[..., Tensor] = torch.compiler.disable(token_path.forward)
-    return wrapped
-
-
+# One region that torch.compile leaves alone: its sizes depend on the data.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def experts_forward(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Seam 1, under our name in `ALL_EXPERTS_FUNCTIONS`."""
     binding = module.__dict__.get("moe_binding")
@@ -113,7 +108,8 @@ class ExpertParallelSlot(EPImplementation):
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Run the token path on this rank's tokens."""
-        return experts_forward(self._experts, hidden, ids, weights)
+        out: Tensor = experts_forward(self._experts, hidden, ids, weights)
+        return out
 
 
 EPImplementationInterface.register(NAME, ExpertParallelSlot)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 from hf_moe_accel.auto import AutoModelForCausalLM, refuse_load_arguments
 from hf_moe_accel.callbacks.metrics import add_metrics
 from hf_moe_accel.config import MoEAccelConfig
+from hf_moe_accel.hf.compiling import compile_layers
 from hf_moe_accel.hf.discover import base_of, find_experts
 from hf_moe_accel.hf.install import keep_liger_off_experts
 from hf_moe_accel.hf.loading import distributed_config, meta_model, reshard
@@ -76,6 +77,7 @@ class AcceleratedMoEMixin(CheckpointMixin):
         self._user_save_only_model: bool | None = None
         self._ended_epoch: Iterator[Any] | None = None
         self._reference: Any = None
+        self._compile_arguments: dict[str, Any] = {}
         try:
             super().__init__(*bound.args, **bound.kwargs)
         finally:
@@ -172,6 +174,12 @@ class AcceleratedMoEMixin(CheckpointMixin):
         refuse_arguments(self.args)
         keep_liger_off_experts(self.args)
         prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=masters, like=like)
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend != DynamoBackend.NO:
+            # Accelerate would compile the model as a whole.
+            self._compile_arguments, plugin.backend = plugin.to_kwargs(), DynamoBackend.NO
+        if self._compile_arguments:
+            compile_layers(base, **self._compile_arguments)
         return model
 
     def create_accelerator_and_postprocess(self) -> None:

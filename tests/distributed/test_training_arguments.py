@@ -800,7 +800,7 @@ def one_layer() -> PreTrainedModel:
     "torch_compile",
     "torch_compile_backend",
     "torch_compile_mode",
-    note="Losses as without. The exchange of tokens and the experts are left out of the graphs.",
+    note="Losses as without. Layer by layer, and the loss; the exchange of tokens and the experts are left out.",
 )
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_torch_compile(backend: str, tmp_path: Path) -> None:

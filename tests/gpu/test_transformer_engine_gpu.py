@@ -73,9 +73,10 @@ def check_the_host_waits_once(name: str, kind: str) -> None:
     case = {"rows": "ragged", "kind": kind, "adapters": "two", "dtype": torch.bfloat16}
     spec, weights, rows = lora_contract.inputs_of(case, "cuda")
     backend, needs = backend_contract.backend_of(name), needed_grads("all", weights)
+    backend.forward(spec, weights, rows)  # what happens once in a process
     with host_syncs() as syncs:
         out, saved = backend.forward(spec, weights, rows)
-    assert len(syncs) == 1
+    assert len(syncs) == 1, [f"{sync.filename}:{sync.lineno}" for sync in syncs]
     grad_ND = torch.randn_like(out)
     with host_syncs() as syncs:
         grads = backend.backward_rows(spec, weights, rows, saved, grad_ND, needs, need_x=True, need_routing=True)
@@ -134,7 +135,11 @@ def test_fp8_is_near_eager(fp8: str, rows: str, kind: str, transposed: bool) -> 
     expected = backend_contract.oracle(spec, weights, of_rows, case)
     for key, value in expected.items():
         assert (value is None) == (actual[key] is None)
-        if value is not None and value.any():
+        if key == "routing" and of_rows.weights_R.numel() == 1 and value is not None:
+            # A sum that may come out near zero: three standard deviations, of terms that are 0.2 off each.
+            of_terms = 0.3 * float(expected["out"].float().norm() / of_rows.weights_R)
+            assert abs(float(actual[key]) - float(value)) < 3 * 0.2 * of_terms
+        elif value is not None and value.any():
             distance = check_near(actual | {"routing": actual["routing"].bfloat16()}, expected, key)
             assert key != "out" or distance > 0.01, "this was not computed in FP8"
         elif value is not None:

@@ -1,0 +1,77 @@
+"""`torch_compile=True` in our trainers: layer by layer, in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+from hf_moe_accel import AcceleratedMoETrainer
+from tests.helpers.models import tiny_model
+
+
+def train(model: nn.Module, output_dir: Path, **arguments: Any) -> tuple[list[float], AcceleratedMoETrainer]:
+    given = TrainingArguments(
+        output_dir=str(output_dir),
+        use_cpu=True,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **arguments,
+    )
+    rows = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
+    trainer = AcceleratedMoETrainer(
+        model=model, args=given, train_dataset=[{"input_ids": row, "labels": row} for row in rows]
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The attention masks that transformers makes."""
+    seen: list[Any] = []
+    make = modeling_qwen3_moe.create_causal_mask
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(make(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(modeling_qwen3_moe, "create_causal_mask", spy)
+    return seen
+
+
+def with_sdpa() -> Any:
+    model = tiny_model("qwen3_moe")
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def test_layers_are_compiled_in_place(tmp_path: Path, masks: list[Any]) -> None:
+    expected, plain = train(with_sdpa(), tmp_path)
+    names = list(plain.model.state_dict())
+    masks.clear()
+    losses, trainer = train(with_sdpa(), tmp_path, torch_compile=True, torch_compile_backend="eager")
+    assert losses == pytest.approx(expected, abs=1e-5)
+    model = trainer.model_wrapped
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers and all(layer._compiled_call_impl is not None for layer in layers)
+    assert list(model.state_dict()) == names, "a wrapper has come between"
+    assert masks == [None, None], "a causal mask was written out"
+
+
+def test_a_dense_model_is_compiled_as_in_the_trainer(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    _, trainer = train(LlamaForCausalLM(config), tmp_path, torch_compile=True, torch_compile_backend="eager")
+    assert isinstance(trainer.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
