@@ -89,9 +89,8 @@ class MoEAccelConfig:
         metadata={
             "help": "Parts that a layer's tokens are sent in, so that one part travels while another computes. More "
             "parts hide more of the transfers but make the products of the experts smaller. 'auto': by the tokens of "
-            "a rank, one part for each 2,048 of them, 4 at most. 1: no overlap but that of the weights' gradients. "
-            "From 2 on shared experts compute while tokens travel as well. With ep_size 1 nothing travels, and it has "
-            "no effect."
+            "a rank, one part for each 2,048 of them, 4 at most. Shared experts compute while tokens travel as well. "
+            "1: no overlap but that of the weights' gradients. With ep_size 1 nothing travels, and it has no effect."
         },
     )
     check_tokens: bool = field(

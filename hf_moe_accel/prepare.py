@@ -125,8 +125,7 @@ def prepare_moe_model(
         config.expert_metrics,
     )
     bind(base, found, runtime)
-    if setup.topology.ep_size > 1 and runtime.chunks.wanted not in ("auto", 1):
-        # Not by "auto" before GPUs have shown what it gains.
+    if setup.topology.ep_size > 1 and runtime.chunks.wanted != 1:
         overlap_shared(base, found)
         reason = why_not_shared(base, found)
         if reason is not None:

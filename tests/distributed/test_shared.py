@@ -60,11 +60,11 @@ def trace_of(name: str, chunks: int | str) -> list[str]:
     return [f"{kind} {what} {chunk}" for kind, what, chunk in trace]
 
 
-@pytest.mark.parametrize("chunks", [2, 3])
+@pytest.mark.parametrize("chunks", [2, 3, "auto"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_shared_experts_compute_between_launch_and_wait(order: str, chunks: int) -> None:
+def test_shared_experts_compute_between_launch_and_wait(order: str, chunks: int | str) -> None:
     traces = run_ranks(trace_of, 2, ORDERS[order], chunks)
-    last = chunks - 1
+    last = 0 if chunks == "auto" else int(chunks) - 1  # "auto" does not cut so few tokens
     for trace in traces:
         assert trace == traces[0], "the ranks order their transfers differently"
         at = {event: place for place, event in enumerate(trace)}
@@ -74,10 +74,9 @@ def test_shared_experts_compute_between_launch_and_wait(order: str, chunks: int)
         assert at["launch combine_backward 0"] < backward < at["wait combine_backward 0"]
 
 
-@pytest.mark.parametrize("chunks", [1, "auto"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_without_a_number_of_chunks_nothing_is_deferred(order: str, chunks: int | str) -> None:
-    for trace in run_ranks(trace_of, 2, ORDERS[order], chunks):
+def test_with_one_chunk_nothing_is_deferred(order: str) -> None:
+    for trace in run_ranks(trace_of, 2, ORDERS[order], 1):
         at = {event: place for place, event in enumerate(trace)}
         assert not at["launch combine 0"] < at["compute shared 0"] < at["wait combine 0"]
 
