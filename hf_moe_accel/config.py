@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+EXPERT_CHECKPOINTING = ("activation", "up", "full")
+
 
 @dataclass
 class MoEAccelConfig:
@@ -93,6 +95,18 @@ class MoEAccelConfig:
             "1: no overlap but that of the weights' gradients. With ep_size 1 nothing travels, and it has no effect."
         },
     )
+    expert_checkpointing: str = field(
+        default="activation",
+        metadata={
+            "help": "What the experts compute again in the backward pass, to save memory. For each layer and each "
+            "(token, expert) pair, in bf16: 'activation': the activation alone, which costs no time; kept are the "
+            "pre-activation, 4 bytes x intermediate size, and the rows that were received from other ranks, 2 bytes x "
+            "hidden size a row. 'up': the first projection as well; kept are the received rows. 'full': the rows are "
+            "sent again too, with the routing as it was; kept are a few numbers a pair. Under activation "
+            "checkpointing of whole layers, which keeps the received rows so that nothing is sent twice, 'full' frees "
+            "those as well, and 'up' changes nothing."
+        },
+    )
     check_tokens: bool = field(
         default=False,
         metadata={
@@ -125,6 +139,9 @@ class MoEAccelConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}={value!r} must be a name, for example {name}='auto'.")
+        if self.expert_checkpointing not in EXPERT_CHECKPOINTING:
+            levels = ", ".join(map(repr, EXPERT_CHECKPOINTING))
+            raise ValueError(f"expert_checkpointing={self.expert_checkpointing!r} must be one of {levels}.")
 
     def _auto_or_number(self, name: str, of_what: str) -> int | str:
         value = getattr(self, name)

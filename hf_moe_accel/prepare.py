@@ -121,6 +121,7 @@ def prepare_moe_model(
         [experts.spec.num_experts for experts in found],
         config.collective_timeout,
         config.overlap_chunks or "auto",
+        config.expert_checkpointing,
         config.check_tokens,
         config.expert_metrics,
     )
@@ -262,6 +263,7 @@ def _check_prepared(runtime: MoERuntime, config: MoEAccelConfig) -> None:
         ("token_dispatcher", dispatcher == "auto" or DISPATCHERS.load(dispatcher) is type(runtime.dispatcher)),
         ("expert_backend", backend == "auto" or EXPERT_BACKENDS.load(backend) is type(runtime.backend)),
         ("overlap_chunks", config.overlap_chunks in ("auto", runtime.chunks.wanted)),
+        ("expert_checkpointing", config.expert_checkpointing in ("activation", runtime.expert_checkpointing)),
         ("check_tokens", config.check_tokens <= runtime.check_tokens),
         ("expert_metrics", config.expert_metrics or runtime.stats is None),
     ):

@@ -37,6 +37,7 @@ class MoERuntime:
         num_experts: experts of each MoE layer, in order; layers may differ.
         collective_timeout: seconds that a rank may come no further within a forward or backward pass.
         overlap_chunks: parts that a layer's tokens are sent in, or "auto".
+        expert_checkpointing: what the experts compute again in the backward pass: "activation", "up" or "full".
         check_tokens: whether tokens are looked at before they are sent.
         expert_metrics: whether it is counted where tokens go.
     """
@@ -49,6 +50,7 @@ class MoERuntime:
         num_experts: Sequence[int],
         collective_timeout: float,
         overlap_chunks: int | str = "auto",
+        expert_checkpointing: str = "activation",
         check_tokens: bool = False,
         expert_metrics: bool = True,
     ) -> None:
@@ -59,6 +61,7 @@ class MoERuntime:
         self.num_experts = num_experts
         self.collective_timeout = collective_timeout
         self.chunks = ChunkChoice(overlap_chunks)
+        self.expert_checkpointing = expert_checkpointing
         self.check_tokens = check_tokens
         self.saving: CheckpointSave | None = None  # where the model's weights go while a trainer saves a checkpoint
         self.stats = RoutingStats(len(num_experts), max(num_experts)) if expert_metrics else None
@@ -149,6 +152,7 @@ class MoERuntime:
             self.num_experts,
             self.collective_timeout,
             self.chunks.wanted,
+            self.expert_checkpointing,
             self.check_tokens,
             self.stats is not None,
         )

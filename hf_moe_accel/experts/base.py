@@ -193,6 +193,10 @@ class ExpertBackend(ABC):
             ([N, D] the weighted sum over each row's experts, tensors to keep for the backward pass).
         """
 
+    def keep(self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> tuple[Tensor, ...]:
+        """The second result of `forward` once more, for a backward pass that did not keep it."""
+        return self.forward(spec, weights, rows)[1]
+
     @abstractmethod
     def backward_rows(
         self,

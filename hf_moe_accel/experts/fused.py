@@ -78,21 +78,16 @@ class FusedBackend(ExpertBackend):
         """Gather, up, gate and weight, down, sum. Keeps the pre-activation, and the output before a post-norm."""
         rows, groups = self._arrange(rows)
         ends_e = groups[0]
-        up_eDM, down_eID = as_in_out(spec, weights)
-        x_RD = self._gather(rows.x_ND, rows.row_of_R)
-        h_RM = self._linear(x_RD, up_eDM, groups)
-        up_thin = _thin(x_RD, weights.up_lora, ends_e)
-        del x_RD  # as large as what comes out of the second projection
-        into_up = self._split(spec, _from_thin(up_thin, weights.up_lora))
-        _add(h_RM, into_up.apart, ends_e)
+        _, down_eID = as_in_out(spec, weights)
+        h_RM, up_thin, product = self._up(spec, weights, rows, groups)
         if spec.post_norm is None:
-            a_RI = self._activate(spec, h_RM, rows.weights_R, ends_e, weights.up_bias, into_up.fused)
+            a_RI = self._activate(spec, h_RM, rows.weights_R, ends_e, weights.up_bias, product)
             down_thin = _thin(a_RI, weights.down_lora, ends_e)
             out_ND = self._sum_products(
                 a_RI, down_eID, _from_thin(down_thin, weights.down_lora), rows, groups, weights.down_bias
             )
             return out_ND, (*groups, *up_thin, *down_thin, h_RM)
-        a_RI = self._activate(spec, h_RM, None, ends_e, weights.up_bias, into_up.fused)
+        a_RI = self._activate(spec, h_RM, None, ends_e, weights.up_bias, product)
         y_RD = self._linear(a_RI, down_eID, groups)
         down_thin = _thin(a_RI, weights.down_lora, ends_e)
         for product in _from_thin(down_thin, weights.down_lora):
@@ -103,6 +98,18 @@ class FusedBackend(ExpertBackend):
         normed_RD = spec.post_norm(y_RD, weights.post_norm.detach())
         out_ND = self._sum_segments(normed_RD, rows.r_of_P, rows.start_of_N, weights_R=rows.weights_R)
         return out_ND, (*groups, *up_thin, *down_thin, h_RM, y_RD)
+
+    def keep(self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> tuple[Tensor, ...]:
+        """Without the second projection, where none of its results is kept."""
+        if spec.post_norm is not None:
+            return super().keep(spec, weights, rows)
+        rows, groups = self._arrange(rows)
+        h_RM, up_thin, product = self._up(spec, weights, rows, groups)
+        down_thin: tuple[Tensor, ...] = ()
+        if weights.down_lora:
+            a_RI = self._activate(spec, h_RM, rows.weights_R, groups[0], weights.up_bias, product)
+            down_thin = _thin(a_RI, weights.down_lora, groups[0])
+        return (*groups, *up_thin, *down_thin, h_RM)
 
     def backward_rows(
         self,
@@ -195,6 +202,19 @@ class FusedBackend(ExpertBackend):
                 weights.down_lora, needs.down_lora, lambda: into_down_RI, grad_RD, thin[-1:], grad_thin[-1:], ends_e
             ),
         )
+
+    def _up(
+        self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, groups: Groups
+    ) -> tuple[Tensor, tuple[Tensor, ...], Product | None]:
+        """The pre-activation without its bias, LoRA's thin product, and what the gate's kernel is to add."""
+        up_eDM, _ = as_in_out(spec, weights)
+        x_RD = self._gather(rows.x_ND, rows.row_of_R)
+        h_RM = self._linear(x_RD, up_eDM, groups)
+        up_thin = _thin(x_RD, weights.up_lora, groups[0])
+        del x_RD  # as large as what comes out of the second projection
+        into_up = self._split(spec, _from_thin(up_thin, weights.up_lora))
+        _add(h_RM, into_up.apart, groups[0])
+        return h_RM, up_thin, into_up.fused
 
     def _arrange(self, rows: Dispatched) -> tuple[Dispatched, Groups]:
         """The rows as the products with the weights take them, and where those of each expert are."""

@@ -43,10 +43,8 @@ class GroupedMMBackend(ExpertBackend):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Gather, up, gate and weight, down, sum. Keeps the pre-activation, and the output where it is weighted."""
         ends_e = _ends(rows)
-        up_eDM, down_eID = as_in_out(spec, weights)
-        h_RM, up_thin = _linear(rows.x_ND.index_select(0, rows.row_of_R), up_eDM, weights.up_lora, ends_e)
-        if weights.up_bias is not None:
-            h_RM += _by_row(weights.up_bias, rows)
+        _, down_eID = as_in_out(spec, weights)
+        h_RM, up_thin = self._up(spec, weights, rows, ends_e)
         a_RI = spec.gate(h_RM)
         if spec.weights_before_down:
             into_down_RI = weighted(a_RI, rows.weights_R)
@@ -59,6 +57,17 @@ class GroupedMMBackend(ExpertBackend):
         normed_RD = _post_norm(spec, weights, y_RD)
         out_ND = sum_segments(weighted(normed_RD, rows.weights_R), rows.r_of_P, rows.start_of_N)
         return out_ND, (*up_thin, *down_thin, h_RM, y_RD)
+
+    def keep(self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> tuple[Tensor, ...]:
+        """Without the second projection, where its result is not kept."""
+        if not spec.weights_before_down:
+            return super().keep(spec, weights, rows)
+        ends_e = _ends(rows)
+        h_RM, up_thin = self._up(spec, weights, rows, ends_e)
+        down_thin: tuple[Tensor, ...] = ()
+        if weights.down_lora:
+            down_thin = _thin(weighted(spec.gate(h_RM), rows.weights_R), weights.down_lora, ends_e)
+        return (*up_thin, *down_thin, h_RM)
 
     def backward_rows(
         self,
@@ -144,6 +153,17 @@ class GroupedMMBackend(ExpertBackend):
                 weights.down_lora, needs.down_lora, lambda: into_down_RI, grad_RD, thin[-1:], grad_thin[-1:], ends_e
             ),
         )
+
+    @staticmethod
+    def _up(
+        spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, ends_e: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The pre-activation, and LoRA's thin product."""
+        up_eDM, _ = as_in_out(spec, weights)
+        h_RM, up_thin = _linear(rows.x_ND.index_select(0, rows.row_of_R), up_eDM, weights.up_lora, ends_e)
+        if weights.up_bias is not None:
+            h_RM += _by_row(weights.up_bias, rows)
+        return h_RM, up_thin
 
 
 def _ends(rows: Dispatched) -> Tensor:

@@ -16,7 +16,8 @@ Shape letters: the legend of `ops/permutation`.
 [Note: what is kept between forward and backward]
 Only tensors handed to `save_for_backward`: the parameters themselves (FSDP2 frees and gathers them under our hands, so
 no copy, view list or pointer), the received rows, the index tensors, and what the backend returns. Saved-tensor hooks
-(checkpointing, offloading) therefore see all of it.
+(checkpointing, offloading) therefore see all of it. `expert_checkpointing` "up" leaves out what the backend returns,
+"full" the received rows as well, for which the layer's own input is kept, as the router before it does anyhow.
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ from hf_moe_accel.moe.overlap import (
     ChunkChoice,
     LayerPass,
     Place,
+    Saved,
     compute_again,
+    send_again,
     send_and_compute,
     send_and_compute_backward,
+    without_rows,
 )
 from hf_moe_accel.moe.replay import current_region
 from hf_moe_accel.moe.stats import RoutingStats
@@ -56,6 +60,7 @@ class Runtime(Protocol):
     stats: RoutingStats | None
     timer: PartTimer
     chunks: ChunkChoice
+    expert_checkpointing: str
     check_tokens: bool
 
     def step_of(self, layer: int, *, again: bool) -> int:
@@ -191,6 +196,10 @@ class _TokenPath(torch.autograd.Function):
         again = region is not None and region.recomputes
         # Reentrant checkpointing runs its first pass without gradients.
         counts = (counts or region is not None) and not again
+        level = runtime.expert_checkpointing
+        # Of a checkpointed region nothing is kept anyhow, and its recompute, which must keep the same, comes right
+        # before the backward pass.
+        keeps_all = region is not None or level == "activation"
         if not dispatcher.moves_rows:
             region = None
         kept = None if region is None else region.replay(ids_TK)
@@ -198,8 +207,11 @@ class _TokenPath(torch.autograd.Function):
         if runtime.check_tokens:
             check_tokens(x_TD, ids_TK, spec.num_experts, f"step {step}, layer {layer}")
         call = LayerPass(Place(runtime, layer, step), spec, _cast(parameters, dtype, scalings))
+        saved: Saved | None
         if kept is not None:
             plan, rows = kept.plan, kept.rows
+            if level == "full":
+                rows = send_again(call, x_TD.to(dtype), plan, rows, "recompute")
             saved = compute_again(call, rows)
             result = kept.out_TD.clone
         else:
@@ -211,12 +223,19 @@ class _TokenPath(torch.autograd.Function):
             if counts and runtime.stats is not None:
                 runtime.stats.add(layer, ids_TK)
                 runtime.stats.add_rows(layer, rows)
-            keep = None if region is None else partial(region.keep, ids_TK, plan, rows)
+            keep = None
+            if region is not None:
+                keep = partial(region.keep, ids_TK, plan, without_rows(rows) if level == "full" else rows)
             result = partial(_result, finish, x_TD.dtype, keep)
         under_way.result, under_way.plan = result, plan
         under_way.dispatcher, under_way.timer, under_way.dtype = dispatcher, runtime.timer, dtype
 
-        tensors, skeleton = _take_tensors((plan, rows, saved))
+        sent_TD = None
+        if not keeps_all:
+            saved = None
+            if level == "full":
+                rows, sent_TD = without_rows(rows), x_TD
+        tensors, skeleton = _take_tensors((plan, rows, saved, sent_TD))
         ctx.save_for_backward(*tensors, *parameters)
         ctx.call = (under_way, spec, runtime, layer, step, dtype, scalings, skeleton, len(tensors))
         ctx.dtypes = (x_TD.dtype, weights_TK.dtype)
@@ -229,11 +248,15 @@ class _TokenPath(torch.autograd.Function):
         (grad_TD, first), under_way.gradient = under_way.gradient, None
         kept = ctx.saved_tensors
         parameters = kept[num_tensors:]
-        plan, rows, saved = _put_tensors(skeleton, iter(kept[:num_tensors]))
+        plan, rows, saved, sent_TD = _put_tensors(skeleton, iter(kept[:num_tensors]))
         place = Place(runtime, layer, step)
         call = LayerPass(place, spec, _cast(parameters, dtype, scalings))
         need_x, _, need_routing, *train = ctx.needs_input_grad[7:]
         with torch.autocast(grad_TD.device.type, enabled=False):
+            if sent_TD is not None:
+                rows = send_again(call, sent_TD.to(dtype), plan, rows, "backward")
+            if saved is None:
+                saved = compute_again(call, rows)
             grad_x_TD, grad_weights_TK, of_weights = send_and_compute_backward(
                 call,
                 grad_TD,

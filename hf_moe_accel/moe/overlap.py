@@ -155,7 +155,34 @@ def compute_again(call: LayerPass, rows: tuple[Dispatched, ...]) -> Saved:
     """What the backend keeps of each chunk, from the rows that arrived before. Sends nothing."""
     runtime = call.place.runtime
     with runtime.timer.part("experts"):
-        return tuple(runtime.backend.forward(call.spec, call.weights, of_chunk)[1] for of_chunk in rows)
+        return tuple(runtime.backend.keep(call.spec, call.weights, of_chunk) for of_chunk in rows)
+
+
+def without_rows(rows: tuple[Dispatched, ...]) -> tuple[Dispatched, ...]:
+    """What `send_again` needs to bring the rows back: where they go, and their weights."""
+    return tuple(of_chunk._replace(x_ND=of_chunk.x_ND.new_empty(0)) for of_chunk in rows)
+
+
+def send_again(
+    call: LayerPass, x_TD: Tensor, plan: Any, rows: tuple[Dispatched, ...], direction: str
+) -> tuple[Dispatched, ...]:
+    """What `without_rows` took out, in the exchange that it came by. All ranks of the EP group must call.
+
+    Args:
+        call: which layer.
+        x_TD: [T, D] what was sent before.
+        plan: of that exchange.
+        rows: of each chunk.
+        direction: of the pass, for the watchdog.
+    """
+    dispatcher = call.place.runtime.dispatcher
+    with call.place.runtime.timer.part("dispatch"):
+        # The transpose of combine: each rank that has an expert of a token gets the token's row.
+        arriving = [dispatcher.combine_backward(x_TD, plan, i) for i in range(len(rows))]
+        return tuple(
+            of_chunk._replace(x_ND=call.place.wait(arriving[i], f"{direction}, dispatch again", i, len(rows)))
+            for i, of_chunk in enumerate(rows)
+        )
 
 
 def send_and_compute_backward(

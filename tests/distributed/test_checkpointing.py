@@ -26,12 +26,14 @@ def save_everything(*_: Any) -> Any:
     return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
 
 
-def gradients(checkpointing: dict[str, Any] | None, when: str = "after", passes: int = 1) -> dict[str, Any]:
+def gradients(
+    checkpointing: dict[str, Any] | None, when: str = "after", passes: int = 1, level: str = "activation"
+) -> dict[str, Any]:
     """Loss, gradients and the number of exchanges of a backward pass."""
     model = tiny_model("qwen3_moe")
     if checkpointing is not None and when == "before":
         model.activation_checkpointing_enable(checkpointing)
-    model = prepare_moe_model(model, MoEAccelConfig(ep_size=2))
+    model = prepare_moe_model(model, MoEAccelConfig(ep_size=2, expert_checkpointing=level))
     if checkpointing is not None and when == "after":
         model.activation_checkpointing_enable(checkpointing)
     model.train()
@@ -68,6 +70,18 @@ def test_a_recompute_sends_nothing(when: str) -> None:
         assert kept["choices"] == plain["choices"], "the recompute was counted as well"
         assert_close(kept["loss"], plain["loss"], "exact")
         assert_close(kept["grads"], plain["grads"], "training")
+
+
+@pytest.mark.parametrize(("level", "again"), [("up", 0), ("full", NUM_LAYERS)])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}])
+def test_levels_of_experts(checkpointing: dict[str, Any] | None, level: str, again: int) -> None:
+    """ "full" sends the rows once more, and nothing else: neither the routing nor the result."""
+    plains = run_ranks(gradients, 2, None)
+    for plain, of_level in zip(plains, run_ranks(gradients, 2, checkpointing, "after", 1, level), strict=True):
+        assert of_level["sent"] == EXCHANGES_FORWARD + EXCHANGES_BACKWARD + again
+        assert of_level["choices"] == plain["choices"], "counted again"
+        assert_close(of_level["loss"], plain["loss"], "exact")
+        assert_close(of_level["grads"], plain["grads"], "training")
 
 
 @pytest.mark.parametrize(

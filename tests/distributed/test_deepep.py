@@ -179,7 +179,9 @@ def test_passes_and_models_keep_apart(version: str, world_size: int) -> None:
 # Training
 
 
-def train(version: str | None, dispatcher: str, output_dir: str, checkpointing: bool) -> dict[str, Any]:
+def train(
+    version: str | None, dispatcher: str, output_dir: str, checkpointing: bool, level: str = "activation"
+) -> dict[str, Any]:
     with under(version) as record:
         model = tiny_model("qwen3_moe", dtype=torch.bfloat16, hidden_size=HIDDEN)
         args = trajectory_arguments(output_dir, 2, 2, 3, gradient_checkpointing=checkpointing)
@@ -187,7 +189,7 @@ def train(version: str | None, dispatcher: str, output_dir: str, checkpointing: 
             model=model,
             args=args,
             train_dataset=ragged_batch_dataset(48, 16, seed=3),
-            moe_config=MoEAccelConfig(token_dispatcher=dispatcher),
+            moe_config=MoEAccelConfig(token_dispatcher=dispatcher, expert_checkpointing=level),
         )
         trainer.train()
         chosen = type(model.moe_runtime.dispatcher).__name__
@@ -198,26 +200,29 @@ def train(version: str | None, dispatcher: str, output_dir: str, checkpointing: 
 
 
 @pytest.mark.parametrize(
-    ("version", "world_size", "dispatcher", "checkpointing"),
+    ("version", "world_size", "dispatcher", "checkpointing", "level"),
     [
-        ("v1", 2, "deepep", True),
-        ("v2", 4, "auto", False),
-        pytest.param("v1", 4, "auto", False, marks=pytest.mark.slow),
-        pytest.param("v2", 2, "deepep", True, marks=pytest.mark.slow),
+        ("v1", 2, "deepep", True, "activation"),
+        ("v2", 4, "auto", False, "full"),
+        pytest.param("v1", 4, "auto", False, "full", marks=pytest.mark.slow),
+        pytest.param("v2", 2, "deepep", True, "full", marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_all_to_all(
-    version: str, world_size: int, dispatcher: str, checkpointing: bool, tmp_path: Path
+    version: str, world_size: int, dispatcher: str, checkpointing: bool, level: str, tmp_path: Path
 ) -> None:
     stock, ours = str(tmp_path / "all_to_all"), str(tmp_path / "deepep")
     expected = run_ranks(train, world_size, None, "all_to_all", stock, checkpointing, init=False)
-    actual = run_ranks(train, world_size, version, dispatcher, ours, checkpointing, init=False)
+    actual = run_ranks(train, world_size, version, dispatcher, ours, checkpointing, level, init=False)
     for of_rank in actual:
         assert of_rank["chosen"] == "DeepEPDispatcher"
         assert of_rank["left"] == 0, "training ends, and a buffer is still there"
         # Two layers, three steps, two micro-batches each; a recompute neither routes nor sends.
         assert of_rank["calls"].count("dispatch") == 2 * 3 * 2
         assert of_rank["calls"].count("combine") == 2 * 2 * 3 * 2
+        # Rows, in V1 weights, gradients; and again the rows that were not kept.
+        cached = (3 if version == "v1" else 2) + (level == "full")
+        assert of_rank["calls"].count("cached dispatch") == 2 * 3 * 2 * cached
     assert_close(actual[0]["history"], expected[0]["history"], "exact")
     assert_close(load_checkpoint(f"{ours}/final"), load_checkpoint(f"{stock}/final"), "exact")
 

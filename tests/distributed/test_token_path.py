@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_moe_accel.config import EXPERT_CHECKPOINTING
 from hf_moe_accel.dispatch import DISPATCHERS
 from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.base import ExpertsSpec, ExpertWeights
@@ -47,7 +48,11 @@ Batch = Sequence[tuple[Tensor, Tensor, Tensor]]
 
 
 def make_runtime(
-    backend: Any, group: dist.ProcessGroup | None = None, num_layers: int = 1, chunks: int | str = "auto"
+    backend: Any,
+    group: dist.ProcessGroup | None = None,
+    num_layers: int = 1,
+    chunks: int | str = "auto",
+    level: str = "activation",
 ) -> MoERuntime:
     """`backend` is a name or an instance; without a group all experts are on this rank."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -56,7 +61,7 @@ def make_runtime(
     make: Any = DISPATCHERS.load("local" if ep_size == 1 else "all_to_all")
     backend = EXPERT_BACKENDS.load(backend)() if isinstance(backend, str) else backend
     dispatcher = make() if ep_size == 1 else make(group)
-    return MoERuntime(topology, dispatcher, backend, [NUM_EXPERTS] * num_layers, TIMEOUT, chunks)
+    return MoERuntime(topology, dispatcher, backend, [NUM_EXPERTS] * num_layers, TIMEOUT, chunks, level)
 
 
 def concatenated(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,6 +124,7 @@ CASES = grid(
         "top_k": (TOP_K, 1),
         "world_size": (2, 4),
         "chunks": (1, 2, 3, 4),  # some ranks of some of these cases have fewer tokens
+        "level": EXPERT_CHECKPOINTING,
     },
     # Triton's interpreter takes its time: four ranks of it show no more than two.
     valid=lambda case: (
@@ -160,7 +166,8 @@ def path_on_ranks(case: Case) -> dict[str, Any]:
     x, ids, routing = batch[rank]
     inputs = x.to(case["dtype"]), ids, routing
     grad = gradients(batch, case["dtype"])[rank]
-    with closing(make_runtime(case["backend"], dist.group.WORLD, chunks=case["chunks"])) as runtime:
+    options = {"chunks": case["chunks"], "level": case["level"]}
+    with closing(make_runtime(case["backend"], dist.group.WORLD, **options)) as runtime:
         return run_path(spec, leaves_of(mine, case["trained"]), runtime, inputs, grad)
 
 
@@ -238,6 +245,7 @@ FSDP_CASES = grid(
         "sync": ("each", "last"),  # whether each micro-batch is reduced, or the sum of all
         "mixed_precision": (False, True),
         "chunks": (1, 3),
+        "level": EXPERT_CHECKPOINTING,
     },
     # Rounding to bf16 carries values over the edges of the clamp, where its gradient jumps.
     valid=lambda case: (
@@ -330,7 +338,7 @@ def fsdp_on_ranks(case: Case) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (efsdp_size, ep_size), mesh_dim_names=("efsdp", "ep"))
     group = mesh["ep"].get_group() if ep_size > 1 else None
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if case["mixed_precision"] else MixedPrecisionPolicy()
-    with closing(make_runtime(case["backend"], group, NUM_LAYERS, case["chunks"])) as runtime:
+    with closing(make_runtime(case["backend"], group, NUM_LAYERS, case["chunks"], case["level"])) as runtime:
         model = Model(case, runtime, mesh["ep"] if ep_size > 1 else None)
         for layer in model.layers:
             fully_shard(layer, mesh=mesh["efsdp"], reshard_after_forward=True, mp_policy=policy)
@@ -462,7 +470,7 @@ def test_a_recompute_is_not_counted(use_reentrant: bool) -> None:
 # What is kept between forward and backward
 
 
-def path_with_hooks(kind: str, adapters: str, backend: str, autocast: bool, chunks: int) -> None:
+def path_with_hooks(kind: str, adapters: str, backend: str, autocast: bool, chunks: int, level: str) -> None:
     """Packs each saved tensor as a copy and then spoils the original: nothing else may carry the backward pass."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     spec = make_spec(NUM_EXPERTS, **KINDS[kind])
@@ -481,7 +489,7 @@ def path_with_hooks(kind: str, adapters: str, backend: str, autocast: bool, chun
         routing.requires_grad_()
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[1])
         group = dist.group.WORLD if world_size > 1 else None
-        with closing(make_runtime(backend, group, chunks=chunks)) as runtime:
+        with closing(make_runtime(backend, group, chunks=chunks, level=level)) as runtime:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 if hooked:
                     with hooks:
@@ -518,8 +526,42 @@ def path_with_hooks(kind: str, adapters: str, backend: str, autocast: bool, chun
     ("kind", "adapters"), [*((kind, "none") for kind in KINDS), ("gated", "both"), ("gated", "two")]
 )
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize(("world_size", "chunks"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "chunks", "level"), [(1, 1, "activation"), (1, 1, "up"), (2, 1, "activation"), (2, 2, "full")]
+)
 def test_saved_tensors_are_all_that_is_kept(
-    world_size: int, chunks: int, backend: str, kind: str, adapters: str, autocast: bool
+    world_size: int, chunks: int, level: str, backend: str, kind: str, adapters: str, autocast: bool
 ) -> None:
-    run_ranks(path_with_hooks, world_size, kind, adapters, backend, autocast, chunks)
+    run_ranks(path_with_hooks, world_size, kind, adapters, backend, autocast, chunks, level)
+
+
+def kept_bytes(level: str, backend: str) -> tuple[int, int, int]:
+    """What a pass keeps beyond its inputs; of that, the pre-activations and the received rows."""
+    num_tokens, spec = 512, make_spec(NUM_EXPERTS, **KINDS["gated"])
+    weights = leaves_of(part_of(make_weights(spec), dist.get_rank(), 2), "all")
+    x = draw((num_tokens, HIDDEN), torch.float32, 1).requires_grad_()
+    ids = torch.rand(num_tokens, NUM_EXPERTS, generator=torch.Generator().manual_seed(1)).topk(TOP_K).indices
+    routing = torch.rand(num_tokens, TOP_K)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with closing(make_runtime(backend, dist.group.WORLD, chunks=1, level=level)) as runtime:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = forward(spec, x, ids, routing, weights, runtime, 0)
+        out.sum().backward()
+        assert runtime.stats is not None
+        routed = runtime.stats.take()
+    for tensor in (x, ids, routing, *(w for w in weights.flat() if w is not None)):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    of_pairs = int(routed.rows_L[0]) * spec.pre_activation_size * x.element_size()
+    return sum(kept.values()), of_pairs, routed.received_L[0] * HIDDEN * x.element_size()
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "padded_bmm"])
+def test_what_levels_keep(backend: str) -> None:
+    activation, up, full = (run_ranks(kept_bytes, 2, level, backend) for level in ("activation", "up", "full"))
+    for (most, of_pairs, of_rows), (less, _, _), (least, _, _) in zip(activation, up, full, strict=True):
+        assert most - less >= of_pairs and less - least == of_rows

@@ -93,6 +93,11 @@ def test_collective_timeout_out_of_range(value: Any) -> None:
         MoEAccelConfig(collective_timeout=value)
 
 
+def test_levels_that_are_none() -> None:
+    with pytest.raises(ValueError, match="expert_checkpointing='none' must be one of 'activation', 'up', 'full'"):
+        MoEAccelConfig(expert_checkpointing="none")
+
+
 @pytest.mark.parametrize("field", ["token_dispatcher", "expert_backend"])
 @pytest.mark.parametrize("value", ["", None, 3], ids=repr)
 def test_names_that_are_none(field: str, value: Any) -> None:

@@ -77,6 +77,7 @@ def test_preparing_again_changes_nothing() -> None:
         {"token_dispatcher": "all_to_all"},
         {"expert_backend": "eager"},
         {"overlap_chunks": 2},
+        {"expert_checkpointing": "full"},
         {"check_tokens": True},
     ],
 )
