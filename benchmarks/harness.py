@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from hf_moe_accel import __version__
+
 
 def alternate(script: str, arms: Sequence[str], repeats: int, ranks: int, arguments: Sequence[str]) -> dict[str, Any]:
     """Run each arm in turn, `repeats` times over, so that all arms see the same machine.
@@ -65,7 +67,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "hf_moe_accel")},
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"hf_moe_accel": __version__},
         "date": date.today().isoformat(),
     }
 

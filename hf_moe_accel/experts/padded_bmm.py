@@ -63,9 +63,7 @@ class PaddedBMMBackend(ExpertBackend):
         for block in padded.blocks:
             row_S, weights_S = padded.row_of_S[block.slots], padded.weights_S[block.slots]
             h = h_SM[block.slots]
-            up.apply(block, rows.x_ND.index_select(0, row_S), block.of(up_thin), h)
-            if weights.up_bias is not None:
-                block.by_expert(h).add_(weights.up_bias[block.experts, None])
+            _pre_activate(up, weights.up_bias, block, rows.x_ND.index_select(0, row_S), block.of(up_thin), h)
             a = spec.gate(h)
             if y_SD is None:
                 y = h.new_empty(h.size(0), spec.hidden_size)
@@ -81,6 +79,19 @@ class PaddedBMMBackend(ExpertBackend):
             out_ND.index_add_(0, row_S, y.to(out_ND.dtype))
         kept = (*up_thin, *down_thin, h_SM) if y_SD is None else (*up_thin, *down_thin, h_SM, y_SD)
         return out_ND.to(rows.x_ND.dtype), kept
+
+    def keep(self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> tuple[Tensor, ...]:
+        """Without the second projection, where nothing of it is kept."""
+        if weights.down_lora or not spec.weights_before_down:
+            return super().keep(spec, weights, rows)
+        padded = _pad(rows)
+        up, _ = _projections(spec, weights)
+        h_SM = rows.x_ND.new_empty(padded.row_of_S.numel(), spec.pre_activation_size)
+        up_thin = up.thin(h_SM)
+        for block in padded.blocks:
+            x = rows.x_ND.index_select(0, padded.row_of_S[block.slots])
+            _pre_activate(up, weights.up_bias, block, x, block.of(up_thin), h_SM[block.slots])
+        return (*up_thin, h_SM)
 
     def backward_rows(
         self,
@@ -306,6 +317,15 @@ class Projection(NamedTuple):
             torch.baddbmm(out_bcM, thin_bcr, b_brM, beta=beta, out=out_bcM)
             beta = 1
         torch.baddbmm(out_bcM, x_bcK, self.weight_eKM[block.experts], beta=beta, out=out_bcM)
+
+
+def _pre_activate(
+    up: Projection, bias_eM: Tensor | None, block: Block, x_SD: Tensor, thin: tuple[Tensor, ...], h_SM: Tensor
+) -> None:
+    """A block's pre-activation, from its rows, into `h_SM`."""
+    up.apply(block, x_SD, thin, h_SM)
+    if bias_eM is not None:
+        block.by_expert(h_SM).add_(bias_eM[block.experts, None])
 
 
 def _projections(spec: ExpertsSpec, weights: ExpertWeights) -> tuple[Projection, Projection]:
