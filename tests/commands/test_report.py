@@ -15,6 +15,7 @@ from PIL import Image
 from hf_moe_accel.callbacks.pictures import MAX_POINTS, by_layer, load, relative_load, smooth
 from hf_moe_accel.callbacks.run_file import NAME, Run, RunFile, read_run
 from hf_moe_accel.cli import main
+from tests.helpers import browser
 
 ABOUT = {
     "model": "Qwen3MoeForCausalLM",
@@ -101,6 +102,23 @@ def test_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "expert_backend",
     ):
         assert words in page.text
+
+
+@pytest.mark.skipif(browser.PROGRAM is None, reason="there is no Chromium")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_in_a_browser(width: int, tmp_path: Path) -> None:
+    write_run(tmp_path, [counted(step) for step in range(2, 12, 2)])
+    assert main(["report", str(tmp_path)]) == 0
+    found = browser.look_at(tmp_path / "report" / "index.html", width, tmp_path)
+    assert "Qwen3MoeForCausalLM" in found["title"]
+    assert found["width"] <= found["window"] == width, "it has to be scrolled sideways"
+    assert list(found["pictures"]) == ["overview", "balance", "layers", "speed", "ranks"]
+    for name, (in_file, on_page) in found["pictures"].items():
+        assert in_file > 1000, f"{name} is not decoded"
+        assert 0.8 * width < on_page <= width, f"{name} does not fit the window"
+    with Image.open(found["screenshot"]) as seen:
+        # The curves of the first pictures: anti-aliased lines have many shades.
+        assert seen.width == width and len(seen.convert("RGB").getcolors(maxcolors=1 << 24)) > 100
 
 
 def test_a_run_of_one_rank_without_measured_steps(tmp_path: Path) -> None:
