@@ -29,8 +29,16 @@ from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig
 ARMS = {"off": False, "on": True}
 WARM_UP, STEPS, LOGGING_STEPS = 5, 20, 10
 MODELS = {
-    "cpu": {"num_hidden_layers": 4, "hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 32, "top_k": 4},
+    "cpu": {
+        "vocab_size": 4096,
+        "num_hidden_layers": 4,
+        "hidden_size": 512,
+        "moe_intermediate_size": 256,
+        "num_experts": 16,
+        "top_k": 4,
+    },
     "cuda": {
+        "vocab_size": 32768,
         "num_hidden_layers": 4,
         "hidden_size": 2048,
         "moe_intermediate_size": 768,
@@ -38,7 +46,7 @@ MODELS = {
         "top_k": 8,
     },
 }
-BATCHES = {"cpu": (2, 128), "cuda": (4, 4096)}
+BATCHES = {"cpu": (4, 128), "cuda": (4, 4096)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -60,7 +68,6 @@ def make_trainer(metrics: bool, output_dir: str, layers: int | None) -> tuple[Ac
     sizes = dict(MODELS[DEVICE])
     sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
     config = Qwen3MoeConfig(
-        vocab_size=32768,
         num_attention_heads=sizes["hidden_size"] // 64,
         num_key_value_heads=4,
         head_dim=64,

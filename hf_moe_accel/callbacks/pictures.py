@@ -128,6 +128,8 @@ def balance(run: Run) -> bytes:
             axes.set_title(name, fontsize=7.5)
             axes.set_xlabel("step")
             axes.grid(axis="y")
+            if name.startswith("Share"):
+                axes.set_ylim(bottom=0, top=None if any(value for _, value in series) else 1)
 
     return _png(draw, 2.6)
 
@@ -154,6 +156,8 @@ def layers(run: Run) -> bytes:
         for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             layer_edges = np.arange(values.shape[1] + 1) - 0.5
             image = axes.pcolormesh(edges, layer_edges, values.T, cmap="viridis")
+            if title.startswith("Share"):
+                image.set_clim(0, max(0.1, float(np.nanmax(values))))
             axes.set_title(title, fontsize=7.5)
             axes.set(xlabel="step", ylabel="layer", ylim=(layer_edges[-1], layer_edges[0]))
             axes.yaxis.get_major_locator().set_params(integer=True)

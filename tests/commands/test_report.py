@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hf_moe_accel.callbacks.pictures import MAX_POINTS, by_layer, load, relative_load, smooth
-from hf_moe_accel.callbacks.run_file import NAME, Run, RunFile, read_run
+from hf_moe_accel.callbacks.run_file import METRICS, NAME, Run, RunFile, read_run
 from hf_moe_accel.cli import main
 from tests.helpers import browser
 
@@ -107,7 +107,9 @@ def test_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.skipif(browser.PROGRAM is None, reason="there is no Chromium")
 @pytest.mark.parametrize("width", [1280, 500])
 def test_the_page_in_a_browser(width: int, tmp_path: Path) -> None:
-    write_run(tmp_path, [counted(step) for step in range(2, 12, 2)])
+    every_number = dict.fromkeys(METRICS, 12345.678)
+    records = [counted(step) for step in range(2, 12, 2)]
+    write_run(tmp_path, [record | {"logs": every_number | record["logs"]} for record in records])
     assert main(["report", str(tmp_path)]) == 0
     found = browser.look_at(tmp_path / "report" / "index.html", width, tmp_path)
     assert "Qwen3MoeForCausalLM" in found["title"]
