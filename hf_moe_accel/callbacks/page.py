@@ -18,7 +18,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 72rem; m
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 img { max-width: 100%; } pre { background: #f4f6f8; padding: 1rem; overflow-x: auto; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top; }
-tr { border-bottom: 1px solid #e4e7eb; } td code { overflow-wrap: anywhere; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+tr { border-bottom: 1px solid #e4e7eb; }
+td code { overflow-wrap: anywhere; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
@@ -60,7 +61,8 @@ def _page(run: Run, title: str, shown: dict[str, bytes]) -> str:
     )
     return f"""<!doctype html>
 <html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{html.escape(title)}</title><style>{_STYLE}</style></head>
 <body>
 <h1>{html.escape(title)}</h1>
 {images}
