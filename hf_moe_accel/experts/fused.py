@@ -90,8 +90,8 @@ class FusedBackend(ExpertBackend):
         a_RI = self._activate(spec, h_RM, None, ends_e, weights.up_bias, product)
         y_RD = self._linear(a_RI, down_eID, groups)
         down_thin = _thin(a_RI, weights.down_lora, ends_e)
-        for product in _from_thin(down_thin, weights.down_lora):
-            _add(y_RD, product, ends_e)
+        for of_adapters in _from_thin(down_thin, weights.down_lora):
+            _add(y_RD, of_adapters, ends_e)
         if weights.down_bias is not None:
             y_RD += _of_rows(weights.down_bias, ends_e, y_RD.size(0))
         assert weights.post_norm is not None

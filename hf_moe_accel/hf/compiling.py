@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -22,12 +21,8 @@ def compile_layers(model: Any, **kwargs: Any) -> None:
         kwargs: of `torch.compile`.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if any(_is_compiled(layer) for layer in layers):
+    if any(layer._compiled_call_impl is not None for layer in layers):
         return
     for layer in layers:
         layer.compile(**kwargs)
     model.loss_function = torch.compile(model.loss_function, **kwargs)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None

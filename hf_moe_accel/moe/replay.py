@@ -2,7 +2,8 @@
 
 A checkpointed region keeps, of each MoE layer in it, the plan, the received rows and the layer's output; the backward
 pass computes the rest again from them. That costs the memory of the received rows, and saves every transfer of the
-recompute. Handed to `torch.utils.checkpoint` as its `context_fn` (non-reentrant checkpointing only).
+recompute; with `expert_checkpointing="full"` the rows are left out, and sent once more. Handed to
+`torch.utils.checkpoint` as its `context_fn` (non-reentrant checkpointing only).
 
 Reentrant checkpointing has no contexts: its recompute routes and sends again, and the region keeps the routing alone,
 to raise if the recompute chooses other experts.
@@ -21,7 +22,7 @@ from hf_moe_accel.ops.permutation import Dispatched
 
 
 class Exchange(NamedTuple):
-    """One layer's exchange. rows: of each chunk; out_TD: [T, D] what the layer returned."""
+    """One layer's exchange. rows: of each chunk, perhaps `without_rows`; out_TD: [T, D] what the layer returned."""
 
     plan: Any
     rows: tuple[Dispatched, ...]
