@@ -68,6 +68,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 OURS = "ours"
+# Options that every process of a run shares.
+OWN = ("device", "layers", "warmup", "steps", "checkpointing", "expert_checkpointing", "liger", "compile")
 CELLS = {
     "cuda": [
         {"model": "qwen3-30b-a3b", "training": "lora", "tokens": 4096, "length": 4096},
@@ -161,9 +163,11 @@ def run_arm(options: argparse.Namespace) -> None:
         given = {"args": arguments, "train_dataset": [{"input_ids": row, "labels": row} for row in rows]}
         trainer: Any
         if options.arm == OURS:
-            from hf_moe_accel import AcceleratedMoETrainer
+            from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig
 
-            trainer = AcceleratedMoETrainer(model=model, peft_config=targets if lora else None, **given)
+            config = MoEAccelConfig(expert_checkpointing=options.expert_checkpointing)
+            adapters = targets if lora else None
+            trainer = AcceleratedMoETrainer(model=model, peft_config=adapters, moe_config=config, **given)
         else:
             trainer = Trainer(model=get_peft_model(model, targets) if lora else model, **given)
         trainer.add_callback(clock)
@@ -191,14 +195,11 @@ def cells_of(options: argparse.Namespace) -> list[dict[str, Any]]:
 def compare(options: argparse.Namespace) -> None:
     """Run the cells and print their arms side by side."""
     cells = cells_of(options)
-    own = {
-        name: getattr(options, name)
-        for name in ("device", "layers", "warmup", "steps", "checkpointing", "liger", "compile")
-    }
+    own = {name: getattr(options, name) for name in OWN}
     found: list[dict[str, Any]] = []
     for cell in cells:
         print(cell, flush=True)
-        flags = [f"--{name}={value}" for name, value in {**own, **cell}.items()]
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**own, **cell}.items()]
         runs: dict[str, list[dict[str, Any]]] = {}
         failed: dict[str, str] = {}
         for arm in (*STOCK[options.device], OURS) * options.repeats:
@@ -242,6 +243,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the model has")
     parser.add_argument("--checkpointing", choices=("on", "off"), default="on", help="of activations (default on)")
     parser.add_argument("--liger", choices=("on", "off"), default="off", help="norms, rope and loss by liger-kernel")
+    parser.add_argument("--expert-checkpointing", default="activation", help="of ours (default activation)")
     parser.add_argument("--compile", choices=("on", "off"), default="off", help="torch_compile (default off)")
     parser.add_argument("--profile", action="store_true", help="print where the time of one arm of one cell goes")
     parser.add_argument("--arm", default=OURS, help="with --profile: ours (default), 'stock grouped_mm', ...")
