@@ -82,7 +82,6 @@ KTO = """trl kto \
     --output_dir=kto-aligned-model \
     --warmup_steps 0.1 \
     --logging_first_step"""
-QLORA = KTO.replace("--logging_first_step", "--use_peft --load_in_4bit --lora_target_modules=all-linear")
 REWARD = """trl reward \
   --model_name_or_path Qwen/Qwen2.5-0.5B \
   --dataset_name trl-lib/ultrafeedback_binarized"""

@@ -12,10 +12,11 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from hf_moe_accel import AcceleratedMoESFTTrainer, MoEAccelConfig
+from tests.distributed.test_training_arguments import log_of
 from tests.helpers.adapters import config, draw_factors
 from tests.helpers.models import toy_tokenizer
 from tests.helpers.ranks import run_ranks
@@ -80,6 +81,37 @@ def test_equals_stock_trl(case: str, inputs: str) -> None:
         # KTO pairs the rows of a rank's batch to estimate its KL.
         if kind != "KTO":
             assert_close(*map(without_padding, (log, single)), "training", "two ranks against one")
+
+
+class FirstGradients(TrainerCallback):
+    """Of each parameter."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            for name, parameter in model.named_parameters():
+                grad = parameter.grad
+                if grad is not None:
+                    whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                    self.found[name.removeprefix("module.")] = whole.clone()
+
+
+def gradients_and_log(*args: Any, **kwargs: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    trainer, first = make(*args, max_grad_norm=0.0, **kwargs), FirstGradients()
+    trainer.add_callback(first)
+    trainer.train()
+    return first.found, log_of(trainer)
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward"])
+def test_first_gradients_and_small_steps_equal_stock_trl(kind: str, inputs: str) -> None:
+    """At a learning rate as TRL's, 1e-5."""
+    gradients, log = run_ranks(gradients_and_log, 2, kind, False, inputs, init=False)[0]
+    for of_rank, log_of_rank in run_ranks(gradients_and_log, 2, kind, True, inputs, init=False):
+        assert_close(of_rank, gradients, "training")
+        assert_close(log_of_rank, log, "training")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from wandb_workspaces import workspaces
 
 ROOT = Path(__file__).parents[2]
 INTEGRATIONS = ROOT / "integrations"
@@ -116,7 +117,6 @@ def test_panel_keys_are_logged() -> None:
 
 
 def test_workspace_is_built(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    workspaces = pytest.importorskip("wandb_workspaces.workspaces", reason="needs it, and no test installs it")
     saved = []
     monkeypatch.setattr(workspaces.Workspace, "save", lambda self: saved.append(self) or self)
     monkeypatch.setattr(workspaces.Workspace, "url", "https://workspace")

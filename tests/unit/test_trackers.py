@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainingArguments
 
@@ -35,4 +36,5 @@ def test_tensorboard(tmp_path: Path) -> None:
     for name in ours:
         (tag,) = [tag for tag in read.Tags()["scalars"] if tag.endswith(name)]
         values = {event.step: event.value for event in read.Scalars(tag)}
-        assert values.keys() == {entry["step"] for entry in logged if name in entry}, tag
+        expected = {entry["step"]: entry[name] for entry in logged if name in entry}
+        assert values == pytest.approx(expected, rel=1e-6), tag
