@@ -70,6 +70,10 @@ DPO_LORA = """trl dpo \
     --use_peft \
     --lora_r 32 \
     --lora_alpha 16"""
+# The full and the LoRA command of a script differ in these.
+WITH_LORA = " --use_peft --lora_r 32 --lora_alpha 16"
+SFT_LORA = SFT.replace("2.0e-5", "2.0e-4") + WITH_LORA
+DPO = " ".join(DPO_LORA.split()).removesuffix(WITH_LORA).replace("5.0e-6", "5.0e-7")
 KTO = """trl kto \
     --dataset_name trl-lib/kto-mix-14k \
     --model_name_or_path=trl-lib/qwen1.5-1.8b-sft \
@@ -201,6 +205,8 @@ def test_dpo_file_as_published_starts_its_ranks(inputs: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("kind", "published", "more"),
     [
+        ("SFT", SFT_LORA, "--eos_token '<eos>' --lora_target_modules all-linear --eval_steps 2 --max_length 32"),
+        ("DPO", DPO, "--gradient_accumulation_steps 1 --eval_steps 2"),
         ("DPO", DPO_LORA, "--gradient_accumulation_steps 1 --lora_target_modules all-linear --eval_steps 2"),
         ("KTO", KTO, "--expert_backend eager"),
         ("Reward", REWARD, "--check_tokens --dtype bfloat16"),
@@ -214,11 +220,12 @@ def test_as_published(
     losses = [entry["loss"] for entry in log_in(out) if "loss" in entry]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
     auto = AutoModelForSequenceClassification if kind == "Reward" else AutoModelForCausalLM
-    if kind == "DPO":
+    if kind in ("SFT", "DPO"):
+        assert any("eval_loss" in entry for entry in log_in(out))
+    if "--use_peft" in published:
         model = PeftModel.from_pretrained(auto.from_pretrained(inputs / "model"), out)
         assert any(".experts." in name and "lora_" in name for name, _ in model.named_parameters())
         assert model.peft_config["default"].r == 32
-        assert any("eval_loss" in entry for entry in log_in(out))
     else:
         model, info = auto.from_pretrained(out, output_loading_info=True)
         assert model.dtype == (torch.bfloat16 if "bfloat16" in more else torch.float32)
