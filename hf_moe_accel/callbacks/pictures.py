@@ -51,6 +51,7 @@ HEADING = {"x": 0.01, "ha": "left", "weight": "bold", "size": 11}
 WIDTH = 11
 MAX_COLUMNS = 4
 MAX_LAYERS = 16
+IDLE = "Share of idle experts"
 MAX_POINTS = 200  # of a heatmap, over time
 MAX_BARS = 64
 
@@ -116,7 +117,7 @@ def balance(run: Run) -> bytes:
         "Busiest rank, times an equal share": "moe/rank_max_over_mean",
         "Deviation of the load, times its mean": "moe/load_cv",
         "Entropy of the routers, 1 is the most": "moe/router_entropy",
-        "Share of idle experts": "moe/idle_experts",
+        IDLE: "moe/idle_experts",
     }
     found = {name: series for name, key in panels.items() if (series := run.series(key))}
 
@@ -128,7 +129,7 @@ def balance(run: Run) -> bytes:
             axes.set_title(name, fontsize=7.5)
             axes.set_xlabel("step")
             axes.grid(axis="y")
-            if name.startswith("Share"):
+            if name == IDLE:
                 axes.set_ylim(bottom=0, top=None if any(value for _, value in series) else 1)
 
     return _png(draw, 2.6)
@@ -140,7 +141,7 @@ def layers(run: Run) -> bytes:
     panels = {
         "Busiest expert / equal share": by_layer(counted, lambda load: load.max() / load.mean()),
         "Deviation of the load / mean": by_layer(counted, lambda load: load.std() / load.mean()),
-        "Share of idle experts": by_layer(counted, lambda load: np.mean(load == 0)),
+        IDLE: by_layer(counted, lambda load: np.mean(load == 0)),
     }
     for title, key in {
         "Busiest rank / equal share": "rank_max_over_mean",
@@ -156,7 +157,7 @@ def layers(run: Run) -> bytes:
         for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             layer_edges = np.arange(values.shape[1] + 1) - 0.5
             image = axes.pcolormesh(edges, layer_edges, values.T, cmap="viridis")
-            if title.startswith("Share"):
+            if title == IDLE:
                 image.set_clim(0, max(0.1, float(np.nanmax(values))))
             axes.set_title(title, fontsize=7.5)
             axes.set(xlabel="step", ylabel="layer", ylim=(layer_edges[-1], layer_edges[0]))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, broadcast_object_list
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, broadcast_object_list
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
@@ -77,7 +77,6 @@ class AcceleratedMoEMixin(CheckpointMixin):
         self._user_save_only_model: bool | None = None
         self._ended_epoch: Iterator[Any] | None = None
         self._reference: Any = None
-        self._compile_arguments: dict[str, Any] = {}
         try:
             super().__init__(*bound.args, **bound.kwargs)
         finally:
@@ -174,12 +173,12 @@ class AcceleratedMoEMixin(CheckpointMixin):
         refuse_arguments(self.args)
         keep_liger_off_experts(self.args)
         prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=masters, like=like)
-        plugin = self.accelerator.state.dynamo_plugin
+        # As Trainer makes it, from the arguments or the environment.
+        plugin = TorchDynamoPlugin(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
         if plugin.backend != DynamoBackend.NO:
+            compile_layers(base, **plugin.to_kwargs())
             # Accelerate would compile the model as a whole.
-            self._compile_arguments, plugin.backend = plugin.to_kwargs(), DynamoBackend.NO
-        if self._compile_arguments:
-            compile_layers(base, **self._compile_arguments)
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
         return model
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -104,7 +104,7 @@ def test_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert words in page.text
 
 
-@pytest.mark.skipif(browser.PROGRAM is None, reason="there is no Chromium")
+@pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [1280, 500])
 def test_the_page_in_a_browser(width: int, tmp_path: Path) -> None:
     every_number = dict.fromkeys(METRICS, 12345.678)

@@ -16,7 +16,6 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from hf_moe_accel import AcceleratedMoESFTTrainer, MoEAccelConfig
-from tests.distributed.test_training_arguments import log_of
 from tests.helpers.adapters import config, draw_factors
 from tests.helpers.models import toy_tokenizer
 from tests.helpers.ranks import run_ranks
@@ -98,18 +97,19 @@ class FirstGradients(TrainerCallback):
                     self.found[name.removeprefix("module.")] = whole.clone()
 
 
-def gradients_and_log(*args: Any, **kwargs: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    trainer, first = make(*args, max_grad_norm=0.0, **kwargs), FirstGradients()
-    trainer.add_callback(first)
-    trainer.train()
-    return first.found, log_of(trainer)
+def first_gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, FirstGradients))
+    found: dict[str, torch.Tensor] = callback.found
+    return found
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward"])
 def test_first_gradients_and_small_steps_equal_stock_trl(kind: str, inputs: str) -> None:
     """At a learning rate as TRL's, 1e-5."""
-    gradients, log = run_ranks(gradients_and_log, 2, kind, False, inputs, init=False)[0]
-    for of_rank, log_of_rank in run_ranks(gradients_and_log, 2, kind, True, inputs, init=False):
+    options = {"max_grad_norm": 0.0, "options": {"callbacks": [FirstGradients()]}, "after": first_gradients}
+    log, gradients = run_ranks(run, 2, kind, False, inputs, **options, init=False)[0]
+    assert gradients
+    for log_of_rank, of_rank in run_ranks(run, 2, kind, True, inputs, **options, init=False):
         assert_close(of_rank, gradients, "training")
         assert_close(log_of_rank, log, "training")
 

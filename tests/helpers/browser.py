@@ -31,7 +31,6 @@ addEventListener("load", () => {
     pictures: Object.fromEntries([...document.images].map((i) => [i.alt, [i.naturalWidth, i.clientWidth]])),
     width: root.scrollWidth,
     window: root.clientWidth,
-    height: root.scrollHeight,
   });
 });
 </script>
@@ -42,8 +41,8 @@ def look_at(page: Path, width: int, folder: Path) -> dict[str, Any]:
     """Open a page in a window of that width.
 
     Returns:
-        its `title`; `pictures`: name -> (width in the file, width on the page); `width` and `height` of its content,
-        and the `window`'s width; `screenshot`: a PNG of the window.
+        its `title`; `pictures`: name -> (width in the file, width on the page); `width` of its content, and the
+        `window`'s; `screenshot`: a PNG of the window.
     """
     watched = folder / "watched.html"
     watched.write_text(page.read_text(encoding="utf-8") + LOOK, encoding="utf-8")

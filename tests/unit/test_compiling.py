@@ -14,23 +14,19 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from hf_moe_accel import AcceleratedMoETrainer
 from tests.helpers.models import tiny_model
+from tests.unit.test_bad_input import arguments
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
-def train(model: nn.Module, output_dir: Path, **arguments: Any) -> tuple[list[float], AcceleratedMoETrainer]:
-    given = TrainingArguments(
-        output_dir=str(output_dir),
-        use_cpu=True,
-        max_steps=2,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **arguments,
-    )
+def given(output_dir: Path, **more: Any) -> TrainingArguments:
+    return arguments(output_dir, per_device_train_batch_size=2, logging_steps=1, **more)
+
+
+def train(model: nn.Module, args: TrainingArguments) -> tuple[list[float], AcceleratedMoETrainer]:
     rows = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
     trainer = AcceleratedMoETrainer(
-        model=model, args=given, train_dataset=[{"input_ids": row, "labels": row} for row in rows]
+        model=model, args=args, train_dataset=[{"input_ids": row, "labels": row} for row in rows]
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
@@ -50,6 +46,11 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
+def assert_compiled(model: nn.Module) -> None:
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers and all(layer._compiled_call_impl is not None for layer in layers)
+
+
 def with_sdpa() -> Any:
     model = tiny_model("qwen3_moe")
     model.set_attn_implementation("sdpa")
@@ -57,21 +58,28 @@ def with_sdpa() -> Any:
 
 
 def test_layers_are_compiled_in_place(tmp_path: Path, masks: list[Any]) -> None:
-    expected, plain = train(with_sdpa(), tmp_path)
+    expected, plain = train(with_sdpa(), given(tmp_path))
     names = list(plain.model.state_dict())
     masks.clear()
-    losses, trainer = train(with_sdpa(), tmp_path, torch_compile=True, torch_compile_backend="eager")
+    losses, trainer = train(with_sdpa(), given(tmp_path, **COMPILED))
     assert losses == pytest.approx(expected, abs=1e-5)
     model = trainer.model_wrapped
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    assert layers and all(layer._compiled_call_impl is not None for layer in layers)
+    assert_compiled(model)
     assert list(model.state_dict()) == names, "a wrapper has come between"
     assert masks == [None, None], "a causal mask was written out"
+
+
+def test_arguments_serve_two_trainers(tmp_path: Path) -> None:
+    """Accelerate's state, too, is that of the arguments."""
+    args = given(tmp_path, **COMPILED)
+    for _ in range(2):
+        _, trainer = train(with_sdpa(), args)
+        assert_compiled(trainer.model_wrapped)
 
 
 def test_a_dense_model_is_compiled_as_in_the_trainer(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    _, trainer = train(LlamaForCausalLM(config), tmp_path, torch_compile=True, torch_compile_backend="eager")
+    _, trainer = train(LlamaForCausalLM(config), given(tmp_path, **COMPILED))
     assert isinstance(trainer.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)

@@ -6,25 +6,16 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainingArguments
 
 from hf_moe_accel import AcceleratedMoETrainer
 from tests.helpers.models import ragged_batch_dataset, tiny_model
+from tests.unit.test_bad_input import arguments
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        max_steps=4,
-        per_device_train_batch_size=2,
-        logging_steps=2,
-        report_to=["tensorboard"],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    args = arguments(tmp_path, max_steps=4, per_device_train_batch_size=2, logging_steps=2, report_to=["tensorboard"])
     trainer = AcceleratedMoETrainer(
-        model=tiny_model("qwen3_moe"), args=arguments, train_dataset=ragged_batch_dataset(16, 16)
+        model=tiny_model("qwen3_moe"), args=args, train_dataset=ragged_batch_dataset(16, 16)
     )
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
