@@ -46,6 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_SPENT] = defaultdict(float)
     config.stash[_BUDGETS_HOLD] = not config.getoption("--run-slow")
+    if config.getoption("--run-slow"):
+        os.environ["TESTS_RUN_SLOW"] = "1"  # tests/helpers/grids.py reads it, before there is a session
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -521,18 +521,20 @@ def path_with_hooks(kind: str, adapters: str, backend: str, autocast: bool, chun
         )
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize(
-    ("kind", "adapters"), [*((kind, "none") for kind in KINDS), ("gated", "both"), ("gated", "two")]
+    "case",
+    grid(
+        {
+            "path": ((1, 1, "activation"), (2, 1, "full"), (2, 2, "activation")),  # ranks, chunks, checkpointing
+            "experts": (*((kind, "none") for kind in KINDS), ("gated", "both"), ("gated", "two")),
+            "backend": CPU_BACKENDS,
+            "autocast": (False, True),
+        }
+    ),
 )
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize(
-    ("world_size", "chunks", "level"), [(1, 1, "activation"), (2, 1, "full"), (2, 2, "activation")]
-)
-def test_saved_tensors_are_all_that_is_kept(
-    world_size: int, chunks: int, level: str, backend: str, kind: str, adapters: str, autocast: bool
-) -> None:
-    run_ranks(path_with_hooks, world_size, kind, adapters, backend, autocast, chunks, level)
+def test_saved_tensors_are_all_that_is_kept(case: Case) -> None:
+    world_size, chunks, level = case["path"]
+    run_ranks(path_with_hooks, world_size, *case["experts"], case["backend"], case["autocast"], chunks, level)
 
 
 def kept_bytes(level: str, backend: str) -> tuple[int, int, int]:

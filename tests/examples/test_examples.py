@@ -12,7 +12,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.ranks import launch, run_ranks
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import assert_close
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -40,27 +40,23 @@ def other_ranks(name: str) -> Any:
     return pytest.param(name, 3 - ranks, saved, marks=pytest.mark.slow)
 
 
+def run_example(name: str, *arguments: str) -> None:
+    sys.path.insert(0, str(EXAMPLES))
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
 @pytest.mark.parametrize(
     ("name", "world_size", "saved"),
     [*((name, *expected) for name, expected in SAVED.items()), *map(other_ranks, SAVED)],
 )
 def test_example(name: str, world_size: int, saved: str, tmp_path: Path) -> None:
-    script = str(EXAMPLES / f"{name}.py")
-    done = launch(
-        [script, "--output", str(tmp_path), "--steps", "10"],
-        world_size,
-        env={"PYTHONPATH": str(EXAMPLES.parent), "HF_HOME": str(tmp_path / "cache")},
+    (_, output), *_ = run_ranks(
+        run_example, world_size, name, "--output", str(tmp_path), "--steps", "10", init=False, capture=True
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "'loss'" in done.stdout
-    assert ("'perplexity'" in done.stdout) == (name == "own_trainer")
+    assert "'loss'" in output
+    assert ("'perplexity'" in output) == (name == "own_trainer")
     assert b".experts." in (tmp_path / saved).read_bytes()
-
-
-def run_example(name: str, *arguments: str) -> None:
-    sys.path.insert(0, str(EXAMPLES))
-    sys.argv = [name, *arguments]
-    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 def test_resume_goes_on_with_more_steps_on_another_number_of_ranks(tmp_path: Path) -> None:

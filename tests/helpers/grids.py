@@ -5,7 +5,9 @@ Everything is built from plain values, so that a case can be sent to another pro
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +23,18 @@ from hf_moe_accel.ops.permutation import Dispatched, order_by_expert
 
 Case = dict[str, Any]
 
+# The environment variable that says to the grids that the slow tests run.
+RUN_SLOW = "TESTS_RUN_SLOW"
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Grids
 
 
 def grid(axes: Mapping[str, Sequence[Any]], valid: Callable[[Case], bool] = lambda case: True, seed: int = 0) -> list:
-    """All valid combinations of the values of the axes, as pytest parameters.
+    """Valid combinations of the values of the axes, as pytest parameters.
 
-    Any two values of two axes that occur together at all do so in a case that always runs; the cases that this does
-    not need are marked slow.
+    Any two values of two axes that occur together at all do so in a case that always runs. The cases that this does
+    not need are marked slow, and are not even made unless `--run-slow` is given: there are tens of thousands.
 
     Args:
         axes: Name of an axis -> its values, hashable.
@@ -42,20 +47,30 @@ def grid(axes: Mapping[str, Sequence[Any]], valid: Callable[[Case], bool] = lamb
     return [
         pytest.param(case, id=_name(case), marks=() if i in chosen else pytest.mark.slow)
         for i, case in enumerate(cases)
+        if i in chosen or os.environ.get(RUN_SLOW)
     ]
 
 
 def _pairwise(cases: Sequence[Case], seed: int) -> set[int]:
     """Indices of cases, chosen greedily, that hold each pair of values which any of the cases holds."""
-    pairs = [frozenset(itertools.combinations(case.items(), 2)) for case in cases]
-    open_pairs = set().union(*pairs)
+    # Sets of pairs as the bits of integers: every worker of the pool that imports a grid waits for this.
+    bits: dict[tuple[Any, ...], int] = {}
+    pairs = [
+        functools.reduce(
+            operator.or_,
+            (1 << bits.setdefault(pair, len(bits)) for pair in itertools.combinations(case.items(), 2)),
+            0,
+        )
+        for case in cases
+    ]
+    open_pairs = (1 << len(bits)) - 1
     order = list(range(len(cases)))
     random.Random(seed).shuffle(order)
     chosen = set()
     while open_pairs:
-        best = max(order, key=lambda i: len(pairs[i] & open_pairs))
+        best = max(order, key=lambda i: (pairs[i] & open_pairs).bit_count())
         chosen.add(best)
-        open_pairs -= pairs[best]
+        open_pairs &= ~pairs[best]
     return chosen
 
 

@@ -99,9 +99,7 @@ def worker_main(conn: Connection, store_port: int, log: str) -> None:
     torch.set_num_threads(1)
     # One connection for all cases, since the server asks the machine's resolver for the name of each new one.
     store = dist.TCPStore("127.0.0.1", store_port, is_master=False)
-    gc.collect()
-    gc.freeze()  # the collections between cases need not look at the imports
-
+    frozen = _freeze_imports(0)
     conn.send_bytes(b"")
     while True:
         try:
@@ -112,6 +110,15 @@ def worker_main(conn: Connection, store_port: int, log: str) -> None:
             conn.send_bytes(pickle.dumps(_run(case, store)))
             conn.recv_bytes()
             conn.send_bytes(pickle.dumps(_clean_up()))
+        frozen = _freeze_imports(frozen)
+
+
+def _freeze_imports(known: int) -> int:
+    """Where more modules than the known ones are there, spares the next collections of garbage a look at them."""
+    if len(sys.modules) > known:
+        gc.collect()
+        gc.freeze()
+    return len(sys.modules)
 
 
 def _exit_with_session() -> None:
