@@ -24,7 +24,7 @@ from hf_moe_accel.experts.base import (
     RowGrads,
     WeightGrads,
 )
-from hf_moe_accel.experts.common import as_in_out
+from hf_moe_accel.experts.common import Formulas, as_in_out
 from hf_moe_accel.experts.grouped_mm import (
     _ends,
     _from_thin,
@@ -36,7 +36,6 @@ from hf_moe_accel.experts.grouped_mm import (
 )
 from hf_moe_accel.ops import grouped_mm
 from hf_moe_accel.ops import triton as triton_ops
-from hf_moe_accel.ops.gates import GateFormula, find_formula
 from hf_moe_accel.ops.grouped_mm import grouped_linear, grouped_outer
 from hf_moe_accel.ops.permutation import Dispatched
 
@@ -63,7 +62,7 @@ class FusedBackend(ExpertBackend):
 
         self._gate, self._gate_backward, self._gate_takes = activate, activate_backward, takes
         self._gather, self._sum_segments = gather, sum_segments
-        self._formulas: dict[ExpertsSpec, GateFormula | None] = {}
+        self._formulas = Formulas()
 
     @staticmethod
     def why_not(spec: ExpertsSpec, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -230,17 +229,12 @@ class FusedBackend(ExpertBackend):
             return grouped_outer(into_RK, grad_RM, groups[0])
         return grouped_outer(grad_RM, into_RK, groups[0])
 
-    def _formula(self, spec: ExpertsSpec) -> GateFormula | None:
-        if spec not in self._formulas:
-            self._formulas[spec] = find_formula(spec.gate, spec.pre_activation_size, spec.intermediate_size)
-        return self._formulas[spec]
-
     def _split(self, spec: ExpertsSpec, thin_products: list[Product]) -> _Split:
         """Says which kernel computes what adapters add to rows around the gate, if they add anything."""
         if not thin_products:
             return _Split(None, None)
         (product,) = thin_products
-        fused = self._formula(spec) is not None and self._gate_takes(product)
+        fused = self._formulas[spec] is not None and self._gate_takes(product)
         return _Split(product, None) if fused else _Split(None, product)
 
     def _activate(
@@ -253,7 +247,7 @@ class FusedBackend(ExpertBackend):
         product: Product | None,
     ) -> Tensor:
         """[R, I] the gate of the pre-activation and what is added to it, weighted where there are weights."""
-        formula = self._formula(spec)
+        formula = self._formulas[spec]
         if formula is not None:
             return self._gate(formula, h_RM, weights_R, ends_e, bias_eM=bias_eM, product=product)
         return _weighted(spec.gate(_biased(h_RM, bias_eM, ends_e)), weights_R)
@@ -270,7 +264,7 @@ class FusedBackend(ExpertBackend):
         grad_product: Product | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The gradients of the pre-activation and of the weights, and what `_activate` returned."""
-        formula = self._formula(spec)
+        formula = self._formulas[spec]
         if formula is not None:
             return self._gate_backward(
                 formula,

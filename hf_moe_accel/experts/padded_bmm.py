@@ -1,14 +1,14 @@
 """torch's batched matrix product over blocks of a few experts, each with its rows padded to one number: for CPU.
 
 Against torch's grouped_mm, which on CPU is a loop over experts: a block's thin LoRA products are one call each, what
-lies between gather and sum is a block and no [R, *] tensor, and the numbers of rows recur. The last is for oneDNN: it
-compiles each bf16 product for its shape (0.4 to 2 ms) and remembers the last 1,024, so that with the routing's own
-numbers of rows it compiles most products of every step again.
+else is done to rows is one call for a group of blocks, mostly in cache, and the numbers of rows recur. The last is for
+oneDNN: it compiles each bf16 product for its shape (0.4 to 2 ms) and remembers the last 1,024, so that with the
+routing's own numbers of rows it compiles most products of every step again.
 
 Kept for backward: what `grouped_mm` keeps, with the padding. A padding row repeats a real one under the routing weight
 0, so it is finite and adds zeros to every sum.
 
-Shape letters beside those of `ops/permutation`: b experts of a block, c rows of each with padding, S all padded rows.
+Shape letters beside those of `ops/permutation`: b experts of a block, c rows of each with padding, S padded rows.
 """
 
 from __future__ import annotations
@@ -29,19 +29,27 @@ from hf_moe_accel.experts.base import (
     RowGrads,
     WeightGrads,
 )
-from hf_moe_accel.experts.common import as_in_out, detached, dot, weighted
-from hf_moe_accel.ops.permutation import Dispatched
+from hf_moe_accel.experts.common import Formulas, as_in_out, detached, dot, weighted
+from hf_moe_accel.ops.gates import GateFormula
+from hf_moe_accel.ops.permutation import Dispatched, sum_segments
 
 _BLOCK_SIZES = (8, 4, 2, 1)
+# Of a block and of a group, unless a single expert has more: beyond, a call costs little against what it does, and
+# what lies between two of them leaves the cache.
 _MAX_ROWS = 4096
 # So many rows of padding an expert cost about as much as calls of its own would.
 _ROWS_PER_CALL = 96
+_SILU = GateFormula("swish", gated=True)
 
 
 class PaddedBMMBackend(ExpertBackend):
     """Needs no vendor beside torch; CPU only, as it reads how many rows each expert has."""
 
     device_types = ("cpu",)
+
+    def __init__(self) -> None:
+        self._formulas = Formulas()
+        self._scratch = torch.empty(0)
 
     @staticmethod
     def why_not(spec: ExpertsSpec, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -53,32 +61,29 @@ class PaddedBMMBackend(ExpertBackend):
     def forward(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Block by block: gather, up, gate and weight, down, sum."""
+        """Group by group: gather, up, gate and weight, down. Then the sum."""
         padded = _pad(rows)
         up, down = _projections(spec, weights)
         h_SM = rows.x_ND.new_empty(padded.row_of_S.numel(), spec.pre_activation_size)
         up_thin, down_thin = up.thin(h_SM), down.thin(h_SM)
-        y_SD = None if spec.weights_before_down else h_SM.new_empty(h_SM.size(0), spec.hidden_size)
-        out_ND = _zeros_for_sum(rows.x_ND)
-        for block in padded.blocks:
-            row_S, weights_S = padded.row_of_S[block.slots], padded.weights_S[block.slots]
-            h = h_SM[block.slots]
-            _pre_activate(up, weights.up_bias, block, rows.x_ND.index_select(0, row_S), block.of(up_thin), h)
+        weighted_y_SD = self._summands(rows.x_ND, h_SM.size(0))
+        y_SD = weighted_y_SD if spec.weights_before_down else torch.empty_like(weighted_y_SD)
+        for group in padded.groups:
+            row_S, weights_S = padded.row_of_S[group.slots], padded.weights_S[group.slots]
+            h, y = h_SM[group.slots], y_SD[group.slots]
+            _pre_activate(up, weights.up_bias, group, rows.x_ND.index_select(0, row_S), group.of(up_thin), h)
             a = spec.gate(h)
-            if y_SD is None:
-                y = h.new_empty(h.size(0), spec.hidden_size)
-                down.apply(block, weighted(a, weights_S), block.of(down_thin), y)
+            if spec.weights_before_down:
+                down.apply(group, weighted(a, weights_S), group.of(down_thin), y)
             else:
-                y = y_SD[block.slots]
-                down.apply(block, a, block.of(down_thin), y)
+                down.apply(group, a, group.of(down_thin), y)
                 if weights.down_bias is not None:
-                    block.by_expert(y).add_(weights.down_bias[block.experts, None])
+                    _add_bias(group, weights.down_bias, y)
                 if spec.post_norm is not None:
                     y = spec.post_norm(y, detached(weights.post_norm))
-                y = weighted(y, weights_S)
-            out_ND.index_add_(0, row_S, y.to(out_ND.dtype))
-        kept = (*up_thin, *down_thin, h_SM) if y_SD is None else (*up_thin, *down_thin, h_SM, y_SD)
-        return out_ND.to(rows.x_ND.dtype), kept
+                weighted(y, weights_S, out=weighted_y_SD[group.slots])
+        kept = (*up_thin, *down_thin, h_SM) if spec.weights_before_down else (*up_thin, *down_thin, h_SM, y_SD)
+        return padded.sum(weighted_y_SD), kept
 
     def keep(self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> tuple[Tensor, ...]:
         """Without the second projection, where nothing of it is kept."""
@@ -88,9 +93,9 @@ class PaddedBMMBackend(ExpertBackend):
         up, _ = _projections(spec, weights)
         h_SM = rows.x_ND.new_empty(padded.row_of_S.numel(), spec.pre_activation_size)
         up_thin = up.thin(h_SM)
-        for block in padded.blocks:
-            x = rows.x_ND.index_select(0, padded.row_of_S[block.slots])
-            _pre_activate(up, weights.up_bias, block, x, block.of(up_thin), h_SM[block.slots])
+        for group in padded.groups:
+            x = rows.x_ND.index_select(0, padded.row_of_S[group.slots])
+            _pre_activate(up, weights.up_bias, group, x, group.of(up_thin), h_SM[group.slots])
         return (*up_thin, h_SM)
 
     def backward_rows(
@@ -105,135 +110,139 @@ class PaddedBMMBackend(ExpertBackend):
         need_x: bool,
         need_routing: bool,
     ) -> RowGrads:
-        """Block by block: down, gate (through autograd, on the recomputed activation), up, sum.
+        """Group by group: down, gate (on the recomputed activation), up. Then the sum.
 
-        The factors' gradients too, while what they are made of is in cache.
+        The parameters' gradients too, while what they are made of is in cache: to keep it for `backward_weights` and
+        to gather again there took longer than what travels meanwhile on a CPU.
         """
         padded = _pad(rows)
         up, down = (projection.transposed() for projection in _projections(spec, weights))
         num_up_thin, num_thin = len(up.lora), len(up.lora) + len(down.lora)
         up_thin, down_thin, (h_SM, *y_SD) = saved[:num_up_thin], saved[num_up_thin:num_thin], saved[num_thin:]
-        of_up_lora, of_down_lora = _empty(weights.up_lora, needs.up_lora), _empty(weights.down_lora, needs.down_lora)
-        # Of these the gradients of weights and biases are made.
-        grad_h_SM = torch.empty_like(h_SM) if needs.up or needs.up_bias else None
-        into_down_SI = grad_y_SD = None
-        if needs.down or needs.down_bias:
-            into_down_SI = h_SM.new_empty(h_SM.size(0), spec.intermediate_size)
-            grad_y_SD = torch.empty_like(y_SD[0]) if y_SD else None
+        of = _empty(weights, needs)
         norm = None if spec.post_norm is None else detached(weights.post_norm)
-        grad_norm = None if norm is None else _zeros_for_sum(norm)
+        grad_norm = None if norm is None else torch.zeros_like(norm, dtype=torch.float32)
         grad_routing_S = torch.empty_like(padded.weights_S) if need_routing else None
-        grad_x_ND = _zeros_for_sum(grad_ND) if need_x else None
-        for block in padded.blocks:
-            row_S, weights_S = padded.row_of_S[block.slots], padded.weights_S[block.slots]
+        grad_x_SD = self._summands(grad_ND, h_SM.size(0)) if need_x else None
+        needs_x = of.up is not None or any(factors.a is not None for factors in of.up_lora)
+        needs_grad_h = need_x or of.up is not None or of.up_bias is not None or bool(up.lora)
+        for group in padded.groups:
+            row_S, weights_S = padded.row_of_S[group.slots], padded.weights_S[group.slots]
             grad_y = grad_ND.index_select(0, row_S)
             if y_SD:
-                normed = y_SD[0][block.slots]
+                normed = y_SD[0][group.slots]
                 if norm is not None and spec.post_norm is not None:
                     leaves = normed.detach().requires_grad_(), norm.detach().requires_grad_()
                     with torch.enable_grad():
                         normed = spec.post_norm(*leaves)
                 if grad_routing_S is not None:
-                    grad_routing_S[block.slots] = dot(grad_y, normed.detach())
+                    grad_routing_S[group.slots] = dot(grad_y, normed.detach())
                 grad_y = weighted(grad_y, weights_S)
                 if grad_norm is not None:
                     grad_y, of_norm = torch.autograd.grad(normed, leaves, grad_y)
                     grad_norm += of_norm
-                if grad_y_SD is not None:
-                    grad_y_SD[block.slots] = grad_y
-            h_leaf = h_SM[block.slots].detach().requires_grad_()
-            with torch.enable_grad():
-                a_leaf = spec.gate(h_leaf)
-            a = a_leaf.detach()
+            a, to_grad_h = self._activate(spec, h_SM[group.slots])
             grad_a, grad_thin = torch.empty_like(a), down.thin(a)
-            down.apply(block, grad_y, grad_thin, grad_a)
+            down.apply(group, grad_y, grad_thin, grad_a)
             if not y_SD:
                 if grad_routing_S is not None:
-                    grad_routing_S[block.slots] = dot(grad_a, a)
+                    grad_routing_S[group.slots] = dot(grad_a, a)
                 grad_a = weighted(grad_a, weights_S)
                 # On the narrower side of the outer products.
                 grad_thin = tuple(weighted(grad_Sr, weights_S) for grad_Sr in grad_thin)
-            if into_down_SI is not None:
-                into_down_SI[block.slots] = a if y_SD else weighted(a, weights_S)
-            _grads_of_factors(block, of_down_lora, a, grad_y, block.of(down_thin), grad_thin)
-            (grad_h,) = torch.autograd.grad(a_leaf, h_leaf, grad_a)
-            if grad_h_SM is not None:
-                grad_h_SM[block.slots] = grad_h
-            if grad_x_ND is not None or up.lora:
-                grad_x, grad_thin = grad_y.new_empty(grad_y.shape), up.thin(grad_h)
-                up.apply(block, grad_h, grad_thin, grad_x)
-                if any(factor is not None for factors in of_up_lora for factor in factors):
-                    x = rows.x_ND.index_select(0, row_S)
-                    _grads_of_factors(block, of_up_lora, x, grad_h, block.of(up_thin), grad_thin)
-                if grad_x_ND is not None:
-                    grad_x_ND.index_add_(0, row_S, grad_x.to(grad_x_ND.dtype))
-        of_factors = (factor for factors in (*of_up_lora, *of_down_lora) for factor in factors)
-        norm_sum = None if grad_norm is None or not needs.post_norm else grad_norm.to(grad_ND.dtype)
-        of_down = () if into_down_SI is None else (into_down_SI, grad_ND if grad_y_SD is None else grad_y_SD)
+            _grads_of_factors(group, of.down_lora, a, grad_y, group.of(down_thin), grad_thin)
+            if of.down is not None:
+                into_down = a if y_SD else weighted(a, weights_S)
+                _outer(group, *((into_down, grad_y) if spec.is_transposed else (grad_y, into_down)), of.down)
+            if of.down_bias is not None:
+                _grad_of_bias(group, grad_y, of.down_bias)
+            if not needs_grad_h:
+                continue
+            grad_h, grad_thin = to_grad_h(grad_a), up.thin(grad_a)
+            if grad_x_SD is not None or up.lora:
+                grad_x = torch.empty_like(grad_y) if grad_x_SD is None else grad_x_SD[group.slots]
+                up.apply(group, grad_h, grad_thin, grad_x)
+            if of.up_bias is not None:
+                _grad_of_bias(group, grad_h, of.up_bias)
+            x = rows.x_ND.index_select(0, row_S) if needs_x else None
+            _grads_of_factors(group, of.up_lora, x, grad_h, group.of(up_thin), grad_thin)
+            if of.up is not None and x is not None:
+                _outer(group, *((x, grad_h) if spec.is_transposed else (grad_h, x)), of.up)
+        if grad_norm is not None and needs.post_norm:
+            of = of._replace(post_norm=grad_norm.to(grad_ND.dtype))
         return RowGrads(
-            None if grad_x_ND is None else grad_x_ND.to(grad_ND.dtype),
+            None if grad_x_SD is None else padded.sum(grad_x_SD),
             None if grad_routing_S is None else grad_routing_S[padded.slot_of_R],
-            tuple(part for part in (*of_factors, norm_sum, grad_h_SM, *of_down) if part is not None),
+            tuple(grad for grad in of.flat() if grad is not None),
         )
 
     def backward_weights(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, grads: RowGrads, needs: NeededGrads
     ) -> WeightGrads:
-        """Outer products by block; nothing at all for frozen weights, and the factors' gradients are there already."""
-        found = iter(grads.for_weights)
-        up_lora, down_lora = (
-            tuple(Factors(*(next(found) if need else None for need in pair)) for pair in pairs)
-            for pairs in (needs.up_lora, needs.down_lora)
-        )
-        norm = next(found) if needs.post_norm else None
-        up = down = up_bias = down_bias = None
-        train_up, train_down = needs.up or needs.up_bias, needs.down or needs.down_bias
-        if train_up or train_down:
-            padded = _pad(rows)
-        if train_up:
-            grad_h_SM = next(found)
-            up, up_bias = _grads_of_projection(
-                padded.blocks,
-                spec.is_transposed,
-                weights.up,
-                lambda block: rows.x_ND.index_select(0, padded.row_of_S[block.slots]),
-                lambda block: grad_h_SM[block.slots],
-                needs.up,
-                needs.up_bias,
-            )
-        if train_down:
-            into_down_SI, grad_y = next(found), next(found)
+        """What `backward_rows` has made."""
+        made = iter(grads.for_weights)
+        return WeightGrads.of([next(made) if need else None for need in needs.flat()], len(needs.up_lora))
 
-            def of_down(block: Block) -> Tensor:
-                if spec.weights_before_down:
-                    return grad_y.index_select(0, padded.row_of_S[block.slots])
-                return grad_y[block.slots]
+    def _summands(self, like_ND: Tensor, num_slots: int) -> Tensor:
+        """[S, D] uninitialized, until the next call: fresh memory for so much costs more than the sum."""
+        num = num_slots * like_ND.size(1)
+        if self._scratch.dtype != like_ND.dtype or self._scratch.numel() < num:
+            with torch.inference_mode(False):  # what is made in it could not be written to outside
+                self._scratch = like_ND.new_empty(num)
+        return self._scratch[:num].view(num_slots, like_ND.size(1))
 
-            down, down_bias = _grads_of_projection(
-                padded.blocks,
-                spec.is_transposed,
-                weights.down,
-                lambda block: into_down_SI[block.slots],
-                of_down,
-                needs.down,
-                needs.down_bias,
-            )
-        return WeightGrads(up, down, up_bias, down_bias, norm, up_lora, down_lora)
+    def _activate(self, spec: ExpertsSpec, h_SM: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The activation of a group, and what takes its gradient to that of the pre-activation."""
+        if self._formulas[spec] != _SILU:
+            h_leaf = h_SM.detach().requires_grad_()
+            with torch.enable_grad():
+                a_leaf = spec.gate(h_leaf)
+            return a_leaf.detach(), lambda grad_a: torch.autograd.grad(a_leaf, h_leaf, grad_a)[0]
+        g, u = h_SM.chunk(2, dim=-1)
+        silu_g = torch.nn.functional.silu(g)
+
+        def to_grad_h(grad_a: Tensor) -> Tensor:
+            # What autograd does, written to where it belongs.
+            grad_h = torch.empty_like(h_SM)
+            grad_g, grad_u = grad_h.chunk(2, dim=-1)
+            torch.mul(grad_a, silu_g, out=grad_u)
+            torch.ops.aten.silu_backward.grad_input(grad_a * u, g, grad_input=grad_g)
+            return grad_h
+
+        return silu_g * u, to_grad_h
 
 
 class Block(NamedTuple):
-    """Neighbouring experts, all with the same number of padded rows."""
+    """Neighbouring experts, all with the same number of padded rows: one batched product.
+
+    Attributes:
+        experts: of this rank.
+        slots: its rows within its group.
+        rows_each: rows of each expert.
+    """
 
     experts: slice
     slots: slice
     rows_each: int
 
     def by_expert(self, rows_S: Tensor) -> Tensor:
-        """[b, c, *] of [b * c, *]."""
-        return rows_S.view(self.experts.stop - self.experts.start, self.rows_each, rows_S.size(1))
+        """[b, c, *] the block's of the group's rows."""
+        return rows_S[self.slots].view(self.experts.stop - self.experts.start, self.rows_each, rows_S.size(1))
+
+
+class Group(NamedTuple):
+    """Neighbouring blocks: what else is done with their rows is done in one call.
+
+    Attributes:
+        blocks: in order.
+        slots: its rows of all.
+    """
+
+    blocks: list[Block]
+    slots: slice
 
     def of(self, thin: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The block's rows of thin tensors."""
+        """The group's rows of thin tensors."""
         return tuple(thin_Sr[self.slots] for thin_Sr in thin)
 
 
@@ -241,41 +250,54 @@ class Padded(NamedTuple):
     """The pairs of `Dispatched`, padded.
 
     Attributes:
-        blocks: all experts, in order.
+        groups: all experts, in order.
         row_of_S: [S] int64 row to read.
         weights_S: [S] fp32 routing weight, 0 in padding.
         slot_of_R: [R] int64.
+        rows: those of `Dispatched`.
     """
 
-    blocks: list[Block]
+    groups: list[Group]
     row_of_S: Tensor
     weights_S: Tensor
     slot_of_R: Tensor
+    rows: Dispatched
+
+    def sum(self, rows_SD: Tensor) -> Tensor:
+        """[N, D] for each row the sum over its experts, in fp32 and rounded once; padding is left out."""
+        return sum_segments(rows_SD, self.slot_of_R[self.rows.r_of_P], self.rows.start_of_N)
 
 
 def _pad(rows: Dispatched) -> Padded:
-    blocks = _blocks(rows.counts_e.tolist())
+    groups = _groups(rows.counts_e.tolist())
+    blocks = [block for group in groups for block in group.blocks]
     num_e = torch.tensor([block.rows_each for block in blocks for _ in range(block.experts.start, block.experts.stop)])
     ends_e, slot_ends_e = torch.cumsum(rows.counts_e, 0), torch.cumsum(num_e, 0)
     # How far an expert's rows move back to make room for the padding before them.
     shift_e = (slot_ends_e - num_e) - (ends_e - rows.counts_e)
     slot_of_R = torch.arange(rows.row_of_R.numel()) + shift_e.repeat_interleave(rows.counts_e)
-    r_of_S = torch.arange(blocks[-1].slots.stop) - shift_e.repeat_interleave(num_e)
+    r_of_S = torch.arange(groups[-1].slots.stop) - shift_e.repeat_interleave(num_e)
     # The last row of the expert is repeated; for an expert without rows, the one before it, or the first of all.
     r_of_S = torch.minimum(r_of_S, (ends_e - 1).clamp(min=0).repeat_interleave(num_e))
     weights_S = rows.weights_R.new_zeros(r_of_S.numel()).index_copy(0, slot_of_R, rows.weights_R)
-    return Padded(blocks, rows.row_of_R[r_of_S], weights_S, slot_of_R)
+    return Padded(groups, rows.row_of_R[r_of_S], weights_S, slot_of_R, rows)
 
 
-def _blocks(counts: list[int]) -> list[Block]:
+def _groups(counts: list[int]) -> list[Group]:
+    """Blocks of experts with these numbers of rows, as many together as may be."""
+    groups: list[Group] = []
     blocks: list[Block] = []
-    first, slot = 0, 0
+    first = start = stop = 0
     while first < len(counts):
         size = next(size for size in _BLOCK_SIZES if size == 1 or _is_worth_it(counts[first : first + size], size))
         rows_each = _round_up(max(counts[first : first + size]))
-        blocks.append(Block(slice(first, first + size), slice(slot, slot + size * rows_each), rows_each))
-        first, slot = first + size, slot + size * rows_each
-    return blocks
+        end = stop + size * rows_each
+        if blocks and end - start > _MAX_ROWS:
+            groups.append(Group(blocks, slice(start, stop)))
+            blocks, start = [], stop
+        blocks.append(Block(slice(first, first + size), slice(stop - start, end - start), rows_each))
+        first, stop = first + size, end
+    return [*groups, Group(blocks, slice(start, stop))]
 
 
 def _is_worth_it(counts: list[int], size: int) -> bool:
@@ -304,28 +326,34 @@ class Projection(NamedTuple):
         """[S, r] for each pair, where `apply` puts `scaling * x @ a.T`."""
         return tuple(like_S.new_empty(like_S.size(0), pair.a.size(1)) for pair in self.lora)
 
-    def apply(self, block: Block, x_SK: Tensor, thin: tuple[Tensor, ...], out_SM: Tensor) -> None:
-        """The block's rows, from `x_SK` [b * c, K] to `out_SM` [b * c, M]."""
-        x_bcK, out_bcM = block.by_expert(x_SK), block.by_expert(out_SM)
-        beta = 0
-        # Thin products first, while the rows are in cache; the wide one adds up in registers, so it comes last.
-        for (a_erK, b_eMr, scaling), thin_Sr in zip(self.lora, thin, strict=True):
-            thin_bcr = block.by_expert(thin_Sr)
-            a_bKr, b_brM = a_erK[block.experts].transpose(1, 2), b_eMr[block.experts].transpose(1, 2)
-            # Here scaling is of few numbers, and all that is made of thin tensors has it.
-            torch.baddbmm(thin_bcr, x_bcK, a_bKr, beta=0, alpha=scaling, out=thin_bcr)
-            torch.baddbmm(out_bcM, thin_bcr, b_brM, beta=beta, out=out_bcM)
-            beta = 1
-        torch.baddbmm(out_bcM, x_bcK, self.weight_eKM[block.experts], beta=beta, out=out_bcM)
+    def apply(self, group: Group, x_SK: Tensor, thin: tuple[Tensor, ...], out_SM: Tensor) -> None:
+        """The group's rows, from `x_SK` to `out_SM`."""
+        for block in group.blocks:
+            x_bcK, out_bcM = block.by_expert(x_SK), block.by_expert(out_SM)
+            beta = 0
+            # Thin products first, while the rows are in cache; the wide one adds up in registers, so it comes last.
+            for (a_erK, b_eMr, scaling), thin_Sr in zip(self.lora, thin, strict=True):
+                thin_bcr = block.by_expert(thin_Sr)
+                a_bKr, b_brM = a_erK[block.experts].transpose(1, 2), b_eMr[block.experts].transpose(1, 2)
+                # Here scaling is of few numbers, and all that is made of thin tensors has it.
+                torch.baddbmm(thin_bcr, x_bcK, a_bKr, beta=0, alpha=scaling, out=thin_bcr)
+                torch.baddbmm(out_bcM, thin_bcr, b_brM, beta=beta, out=out_bcM)
+                beta = 1
+            torch.baddbmm(out_bcM, x_bcK, self.weight_eKM[block.experts], beta=beta, out=out_bcM)
 
 
 def _pre_activate(
-    up: Projection, bias_eM: Tensor | None, block: Block, x_SD: Tensor, thin: tuple[Tensor, ...], h_SM: Tensor
+    up: Projection, bias_eM: Tensor | None, group: Group, x_SD: Tensor, thin: tuple[Tensor, ...], h_SM: Tensor
 ) -> None:
-    """A block's pre-activation, from its rows, into `h_SM`."""
-    up.apply(block, x_SD, thin, h_SM)
+    """A group's pre-activation, from its rows, into `h_SM`."""
+    up.apply(group, x_SD, thin, h_SM)
     if bias_eM is not None:
-        block.by_expert(h_SM).add_(bias_eM[block.experts, None])
+        _add_bias(group, bias_eM, h_SM)
+
+
+def _add_bias(group: Group, bias_eM: Tensor, rows_SM: Tensor) -> None:
+    for block in group.blocks:
+        block.by_expert(rows_SM).add_(bias_eM[block.experts, None])
 
 
 def _projections(spec: ExpertsSpec, weights: ExpertWeights) -> tuple[Projection, Projection]:
@@ -333,53 +361,38 @@ def _projections(spec: ExpertsSpec, weights: ExpertWeights) -> tuple[Projection,
     return Projection(up_eDM, weights.up_lora), Projection(down_eID, weights.down_lora)
 
 
-def _empty(lora: tuple[LoraPair, ...], needs: tuple[Factors[bool], ...]) -> tuple[Factors[Tensor | None], ...]:
-    """Room for the gradients of the factors that train."""
-    return tuple(
-        Factors(torch.empty_like(a) if need.a else None, torch.empty_like(b) if need.b else None)
-        for (a, b, _), need in zip(lora, needs, strict=True)
+def _empty(weights: ExpertWeights, needs: NeededGrads) -> WeightGrads:
+    """Room for the gradients of the parameters that train."""
+    flat = (
+        torch.empty_like(weight) if weight is not None and need else None
+        for weight, need in zip(weights.flat(), needs.flat(), strict=True)
     )
+    return WeightGrads.of(list(flat), len(weights.up_lora))
 
 
 def _grads_of_factors(
-    block: Block,
+    group: Group,
     of_lora: tuple[Factors[Tensor | None], ...],
-    x_SK: Tensor,
+    x_SK: Tensor | None,
     grad_SM: Tensor,
     thin: tuple[Tensor, ...],
     grad_thin: tuple[Tensor, ...],
 ) -> None:
-    """The block's part of `of_lora`, from a projection's input and its output's gradient."""
-    x_bcK, grad_bcM = block.by_expert(x_SK), block.by_expert(grad_SM)
+    """The group's part of `of_lora`, from a projection's input (for the first factors) and its output's gradient."""
     for (of_a, of_b), thin_Sr, grad_thin_Sr in zip(of_lora, thin, grad_thin, strict=True):
-        if of_a is not None:
-            torch.bmm(block.by_expert(grad_thin_Sr).transpose(1, 2), x_bcK, out=of_a[block.experts])
+        if of_a is not None and x_SK is not None:
+            _outer(group, grad_thin_Sr, x_SK, of_a)
         if of_b is not None:
-            torch.bmm(grad_bcM.transpose(1, 2), block.by_expert(thin_Sr), out=of_b[block.experts])
+            _outer(group, grad_SM, thin_Sr, of_b)
 
 
-def _grads_of_projection(
-    blocks: list[Block],
-    is_transposed: bool,
-    weight: Tensor,
-    input_of: Callable[[Block], Tensor],
-    grad_of: Callable[[Block], Tensor],
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the weight and the bias of a projection, those that are needed."""
-    of_weight = torch.empty_like(weight) if need_weight else None
-    of_bias = weight.new_empty(weight.size(0), weight.size(2 if is_transposed else 1)) if need_bias else None
-    for block in blocks:
-        x_bcK, grad_bcM = block.by_expert(input_of(block)), block.by_expert(grad_of(block))
-        if of_weight is not None:
-            left, right = (x_bcK, grad_bcM) if is_transposed else (grad_bcM, x_bcK)
-            torch.bmm(left.transpose(1, 2), right, out=of_weight[block.experts])
-        if of_bias is not None:
-            torch.sum(grad_bcM, 1, out=of_bias[block.experts])
-    return of_weight, of_bias
+def _outer(group: Group, left_SM: Tensor, right_SK: Tensor, out_eMK: Tensor) -> None:
+    """The group's experts' `left.T @ right`."""
+    for block in group.blocks:
+        left_bMc, right_bcK = block.by_expert(left_SM).transpose(1, 2), block.by_expert(right_SK)
+        torch.bmm(left_bMc, right_bcK, out=out_eMK[block.experts])
 
 
-def _zeros_for_sum(like: Tensor) -> Tensor:
-    """Of a dtype in which sums of many are exact enough."""
-    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+def _grad_of_bias(group: Group, grad_SM: Tensor, out_eM: Tensor) -> None:
+    for block in group.blocks:
+        torch.sum(block.by_expert(grad_SM), 1, out=out_eM[block.experts])

@@ -164,6 +164,26 @@ def test_equals_eager(name: str, case: Case) -> None:
     check_equals_eager(name, case, "cpu")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_padded_bmm_in_several_groups_equals_eager(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(padded_bmm, "_MAX_ROWS", 48)
+    check_equals_eager("padded_bmm", case, "cpu")
+
+
+def test_padded_bmm_trains_after_inference() -> None:
+    """What it keeps for the next call must not come from inference mode, nor be what it has returned."""
+    case = CASES[0].values[0] | {"rows": "ragged", "trained": "all", "rows_need": "x and routing"}
+    spec, weights, rows = inputs_of(case, "cpu")
+    backend = backend_of("padded_bmm")
+    with torch.inference_mode():
+        inferred = backend.forward(spec, weights, rows)[0].clone()
+    trained = results(backend, spec, weights, rows, case)
+    before = {name: None if tensor is None else tensor.clone() for name, tensor in trained.items()}
+    assert_close({"out": inferred}, {"out": trained["out"]}, "exact")
+    backend.forward(spec, weights, rows._replace(x_ND=rows.x_ND + 1))
+    assert_close(trained, before, "exact")
+
+
 def test_padded_bmm_says_why_not() -> None:
     spec = make_spec(4, gate="silu", transposed=False, bias=False, post_norm=False)
     reason = backend_of("padded_bmm").why_not(spec, torch.bfloat16, torch.device("cuda"))
@@ -228,15 +248,17 @@ def test_padded_blocks_hold_all_rows(counts: list[int]) -> None:
     row_of_R = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
     unused = torch.empty(0)
     padded = padded_bmm._pad(Dispatched(unused, weights_R, row_of_R, counts_e, unused, unused))
-    assert [i for block in padded.blocks for i in range(len(counts))[block.experts]] == list(range(len(counts)))
-    assert padded.row_of_S.numel() == padded.weights_S.numel() == padded.blocks[-1].slots.stop
+    blocks = [(group.slots.start, block) for group in padded.groups for block in group.blocks]
+    assert all(len(group.blocks) == 1 or group.slots.stop - group.slots.start <= 4096 for group in padded.groups)
+    assert [i for _, block in blocks for i in range(len(counts))[block.experts]] == list(range(len(counts)))
+    assert padded.row_of_S.numel() == padded.weights_S.numel() == padded.groups[-1].slots.stop
     assert torch.equal(padded.row_of_S[padded.slot_of_R], row_of_R)
     assert torch.equal(padded.weights_S[padded.slot_of_R], weights_R)
     assert int((padded.weights_S != 0).sum()) == num_rows, "padding has a weight"
     expert_of_R = torch.arange(len(counts)).repeat_interleave(counts_e)
-    for block in padded.blocks:
+    for start, block in blocks:
         for place, expert in enumerate(range(len(counts))[block.experts]):
-            first = block.slots.start + place * block.rows_each
+            first = start + block.slots.start + place * block.rows_each
             own = row_of_R[expert_of_R == expert]
             found = padded.row_of_S[first : first + block.rows_each]
             assert torch.equal(found[: own.numel()], own)
