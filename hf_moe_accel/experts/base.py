@@ -163,9 +163,10 @@ class RowGrads(NamedTuple):
 
 
 class ExpertBackend(ABC):
-    """Forward and backward of the experts, as two explicit functions without state.
+    """Forward and backward of the experts, as two explicit functions of their arguments alone.
 
-    The backward is cut in two so that the rows' gradients can travel while the weights' gradients are computed.
+    The backward is cut in two so that the rows' gradients can travel while the weights' gradients are computed; a
+    backend for devices where that gains less than it costs makes both in the first.
 
     Attributes:
         device_types: where it can run at all, such as ("cuda",); None: anywhere. "auto" does not speak of the others.
