@@ -153,7 +153,7 @@ class PaddedBMMBackend(ExpertBackend):
             _grads_of_factors(group, of.down_lora, a, grad_y, group.of(down_thin), grad_thin)
             if of.down is not None:
                 into_down = a if y_SD else weighted(a, weights_S)
-                _outer(group, *((into_down, grad_y) if spec.is_transposed else (grad_y, into_down)), of.down)
+                _grad_of_weight(group, spec.is_transposed, into_down, grad_y, of.down)
             if of.down_bias is not None:
                 _grad_of_bias(group, grad_y, of.down_bias)
             if not needs_grad_h:
@@ -167,7 +167,7 @@ class PaddedBMMBackend(ExpertBackend):
             x = rows.x_ND.index_select(0, row_S) if needs_x else None
             _grads_of_factors(group, of.up_lora, x, grad_h, group.of(up_thin), grad_thin)
             if of.up is not None and x is not None:
-                _outer(group, *((x, grad_h) if spec.is_transposed else (grad_h, x)), of.up)
+                _grad_of_weight(group, spec.is_transposed, x, grad_h, of.up)
         if grad_norm is not None and needs.post_norm:
             of = of._replace(post_norm=grad_norm.to(grad_ND.dtype))
         return RowGrads(
@@ -391,6 +391,11 @@ def _outer(group: Group, left_SM: Tensor, right_SK: Tensor, out_eMK: Tensor) -> 
     for block in group.blocks:
         left_bMc, right_bcK = block.by_expert(left_SM).transpose(1, 2), block.by_expert(right_SK)
         torch.bmm(left_bMc, right_bcK, out=out_eMK[block.experts])
+
+
+def _grad_of_weight(group: Group, is_transposed: bool, x_SK: Tensor, grad_SM: Tensor, out_e: Tensor) -> None:
+    left, right = (x_SK, grad_SM) if is_transposed else (grad_SM, x_SK)
+    _outer(group, left, right, out_e)
 
 
 def _grad_of_bias(group: Group, grad_SM: Tensor, out_eM: Tensor) -> None:

@@ -5,9 +5,7 @@ Everything is built from plain values, so that a case can be sent to another pro
 
 from __future__ import annotations
 
-import functools
 import itertools
-import operator
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -56,11 +54,7 @@ def _pairwise(cases: Sequence[Case], seed: int) -> set[int]:
     # Sets of pairs as the bits of integers: every worker of the pool that imports a grid waits for this.
     bits: dict[tuple[Any, ...], int] = {}
     pairs = [
-        functools.reduce(
-            operator.or_,
-            (1 << bits.setdefault(pair, len(bits)) for pair in itertools.combinations(case.items(), 2)),
-            0,
-        )
+        sum(1 << bits.setdefault(pair, len(bits)) for pair in itertools.combinations(case.items(), 2))
         for case in cases
     ]
     open_pairs = (1 << len(bits)) - 1

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.grids import RUN_SLOW
 from tests.helpers.models import (
     DENSE,
     MOE,
@@ -188,7 +189,9 @@ def test_budgets_are_shown_and_held(tmp_path):
 
 
 def test_slow_tests_run_only_on_request(tmp_path):
-    tests = {"unit/test_a.py": "import pytest\n@pytest.mark.slow\ndef test_slow(): pass\ndef test_fast(): pass"}
+    # Or else the grids would not make their slow cases, and nothing would say so.
+    slow = f"@pytest.mark.slow\ndef test_slow(): assert os.environ['{RUN_SLOW}']"
+    tests = {"unit/test_a.py": f"import os\nimport pytest\n{slow}\ndef test_fast(): pass"}
     assert "1 passed, 1 deselected" in run_session(tmp_path, tests).stdout
     assert "2 passed" in run_session(tmp_path, tests, "--run-slow").stdout
 
