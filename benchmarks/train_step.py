@@ -68,6 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 OURS = "ours"
+GRAPHS = "reduce-overhead"  # the torch_compile_mode that replays CUDA graphs
 # Options that every process of a run shares.
 OWN = ("device", "layers", "warmup", "steps", "checkpointing", "expert_checkpointing", "liger", "compile")
 CELLS = {
@@ -147,7 +148,8 @@ def run_arm(options: argparse.Namespace) -> None:
             use_liger_kernel=options.liger == "on",
             # As ours does by itself: Liger's experts are no part of the comparison, and PEFT cannot reach into them.
             liger_kernel_config={"swiglu": False},
-            torch_compile=options.compile == "on",
+            torch_compile=options.compile != "off",
+            torch_compile_mode=options.compile if options.compile == GRAPHS else None,
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
@@ -244,7 +246,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", choices=("on", "off"), default="on", help="of activations (default on)")
     parser.add_argument("--liger", choices=("on", "off"), default="off", help="norms, rope and loss by liger-kernel")
     parser.add_argument("--expert-checkpointing", default="activation", help="of ours (default activation)")
-    parser.add_argument("--compile", choices=("on", "off"), default="off", help="torch_compile (default off)")
+    parser.add_argument("--compile", choices=("off", "on", GRAPHS), default="off", help="torch_compile (default off)")
     parser.add_argument("--profile", action="store_true", help="print where the time of one arm of one cell goes")
     parser.add_argument("--arm", default=OURS, help="with --profile: ours (default), 'stock grouped_mm', ...")
     parser.add_argument("--result", help=argparse.SUPPRESS)

@@ -170,9 +170,11 @@ class ExpertBackend(ABC):
 
     Attributes:
         device_types: where it can run at all, such as ("cuda",); None: anywhere. "auto" does not speak of the others.
+        reads_counts: whether the host reads how many rows each expert has, so that no CUDA graph can hold a pass.
     """
 
     device_types: ClassVar[tuple[str, ...] | None] = None
+    reads_counts: ClassVar[bool] = True
 
     @staticmethod
     @abstractmethod

@@ -53,6 +53,7 @@ class FusedBackend(ExpertBackend):
     """
 
     device_types = ("cuda",)
+    reads_counts = False
     num_groups: ClassVar[int] = 1
 
     def __init__(self) -> None:

@@ -33,6 +33,8 @@ from hf_moe_accel.ops.permutation import Dispatched, sum_segments
 class GroupedMMBackend(ExpertBackend):
     """Needs no vendor beside torch; CPU and CUDA."""
 
+    reads_counts = False
+
     @staticmethod
     def why_not(spec: ExpertsSpec, dtype: torch.dtype, device: torch.device) -> str | None:
         """Alignment, dtype, device."""

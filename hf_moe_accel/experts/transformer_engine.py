@@ -33,6 +33,7 @@ class TransformerEngineBackend(FusedBackend):
         scaling: of FP8; None for products in the dtype of the rows.
     """
 
+    reads_counts = True
     num_groups = 2  # the ends of experts, and on the host the rows of each
     scaling: ClassVar[Scaling | None] = None
 

@@ -8,6 +8,13 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+def layers_of(model: Any) -> list[Any]:
+    """The layers of a model of transformers: what it checkpoints one by one."""
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {part for layer in found for part in layer.modules() if part is not layer}
+    return [layer for layer in found if layer not in inner]
+
+
 def compile_layers(model: Any, **kwargs: Any) -> None:
     """Compile each layer in place, and the loss; does nothing to a model that was compiled so before.
 
@@ -20,9 +27,14 @@ def compile_layers(model: Any, **kwargs: Any) -> None:
         model: a model of transformers, without wrappers.
         kwargs: of `torch.compile`.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if any(layer._compiled_call_impl is not None for layer in layers):
         return
     for layer in layers:
         layer.compile(**kwargs)
+    compile_loss(model, **kwargs)
+
+
+def compile_loss(model: Any, **kwargs: Any) -> None:
+    """Compile the loss of a model of transformers: of large logits it makes several in fp32 otherwise."""
     model.loss_function = torch.compile(model.loss_function, **kwargs)

@@ -52,7 +52,7 @@ class Binding:
         self._getters = [None if name is None else attrgetter(name) for name in found.parameters]
         self._projections = found.parameters[:2]
         self._runtime = runtime
-        self._layer = layer
+        self.layer = layer
         self.meanwhile: Callable[[], None] | None = None  # what may run while tokens travel: see hf/shared
 
     def __call__(self, module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Binding:
             weights.reshape(-1, top_k),
             parameters,
             self._runtime,
-            self._layer,
+            self.layer,
             self.meanwhile if may_defer() else None,
         )
         # FSDP2 warns of outputs that are views, since its hook is lost when they are written into.

@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 from hf_moe_accel.auto import AutoModelForCausalLM, refuse_load_arguments
 from hf_moe_accel.callbacks.metrics import add_metrics
 from hf_moe_accel.config import MoEAccelConfig
+from hf_moe_accel.hf import cuda_graphs
 from hf_moe_accel.hf.compiling import compile_layers
 from hf_moe_accel.hf.discover import base_of, find_experts
 from hf_moe_accel.hf.install import keep_liger_off_experts
@@ -173,13 +174,28 @@ class AcceleratedMoEMixin(CheckpointMixin):
         refuse_arguments(self.args)
         keep_liger_off_experts(self.args)
         prepare_moe_model(model, self.moe_config, fsdp_mixed_precision=masters, like=like)
-        # As Trainer makes it, from the arguments or the environment.
-        plugin = TorchDynamoPlugin(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
-        if plugin.backend != DynamoBackend.NO:
-            compile_layers(base, **plugin.to_kwargs())
-            # Accelerate would compile the model as a whole.
-            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+        runtime = runtime_of(model)
+        assert runtime is not None
+        self._compile(base, runtime)
         return model
+
+    def _compile(self, base: Any, runtime: MoERuntime) -> None:
+        """Compile a prepared model if the arguments or the environment say so, as Trainer would read them."""
+        plugin = TorchDynamoPlugin(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+        if plugin.backend == DynamoBackend.NO:
+            return
+        kwargs = plugin.to_kwargs()
+        if plugin.mode == "reduce-overhead" and self.args.device.type == "cuda":
+            reason = cuda_graphs.why_not(base, runtime, checkpoints=self.args.activation_checkpointing)
+            if reason is not None:
+                raise ValueError(f"torch_compile_mode='reduce-overhead' makes CUDA graphs of layers, but {reason}.")
+            del kwargs["mode"]  # torch.compile would make others
+            if cuda_graphs.LayerGraphs.of(base) is None:
+                cuda_graphs.LayerGraphs(base, runtime, self.args.device, **kwargs)
+        else:
+            compile_layers(base, **kwargs)
+        # Accelerate would compile the model as a whole.
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, then prepare the model. All ranks must call."""
@@ -311,6 +327,9 @@ class AcceleratedMoEMixin(CheckpointMixin):
             runtime = None if model is None else runtime_of(model)
             if runtime is not None:
                 runtime.close()
+                graphs = cuda_graphs.LayerGraphs.of(base_of(model))
+                if graphs is not None:
+                    graphs.release()
 
 
 class _TrialEnded(Exception):

@@ -23,10 +23,10 @@ def given(output_dir: Path, **more: Any) -> TrainingArguments:
     return arguments(output_dir, per_device_train_batch_size=2, logging_steps=1, **more)
 
 
-def train(model: nn.Module, args: TrainingArguments) -> tuple[list[float], AcceleratedMoETrainer]:
+def train(model: nn.Module, args: TrainingArguments, **more: Any) -> tuple[list[float], AcceleratedMoETrainer]:
     rows = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
     trainer = AcceleratedMoETrainer(
-        model=model, args=args, train_dataset=[{"input_ids": row, "labels": row} for row in rows]
+        model=model, args=args, train_dataset=[{"input_ids": row, "labels": row} for row in rows], **more
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer

@@ -1,0 +1,381 @@
+"""CUDA graphs of a model's layers: what the host would launch kernel by kernel, forward and backward, in one launch.
+
+At a few thousand tokens a step the kernels of a layer take less time than the host needs to launch them. With all
+experts on one device nothing in a layer depends on counts that the host would have to read (`dispatch/local`), so a
+pass of a layer is the same kernels each time. `torch.cuda.make_graphed_callables` captures them, under rules that
+training as it is does not keep by itself. This module keeps them: other shapes, other adapters, passes without
+gradients or a second forward pass before the backward one run without graphs, and gradients may add up over passes.
+
+[Note: when graphs are captured]
+When two training passes were alike in all their layers, and a third one begins like them. By then everything has been
+compiled, tuned and allocated. The layers are captured in the order in which they run, so that all graphs share one
+pool of memory, which is that of a pass's activations.
+
+[Note: the gradients of parameters]
+A graph writes them to the same memory each time, and autograd takes that memory for `.grad` as it is. Before a pass
+replays anything, gradients that are still there, since they add up over passes, get memory of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from hf_moe_accel.experts.base import ExpertBackend
+from hf_moe_accel.hf.compiling import compile_loss, layers_of
+from hf_moe_accel.log import say, warn_once
+from hf_moe_accel.moe.stats import RoutingStats
+from hf_moe_accel.moe.timing import PartTimer
+from hf_moe_accel.topology import ExpertTopology
+
+# Training passes without a capture after which it is said why.
+_PATIENCE = 20
+# What a layer may be given beside tensors: a graph is good for one value of each.
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class Runtime(Protocol):
+    """What is read here of the runtime that `prepare` makes."""
+
+    topology: ExpertTopology
+    backend: ExpertBackend
+    stats: RoutingStats | None
+    timer: PartTimer
+    check_tokens: bool
+
+
+def why_not(model: Any, runtime: Runtime, *, checkpoints: bool) -> str | None:
+    """Why no CUDA graph can hold the layers of a prepared model, and what to do about it; None if one can.
+
+    Args:
+        model: of transformers, without wrappers.
+        runtime: of the model.
+        checkpoints: whether training is to checkpoint activations of whole layers.
+    """
+    if runtime.topology.world_size > 1:
+        return (
+            f"with {runtime.topology.world_size} processes the host reads in each layer how many tokens go where. "
+            "Train in one process, or leave torch_compile_mode out"
+        )
+    if runtime.backend.reads_counts:
+        return (
+            f"{type(runtime.backend).__name__} reads in each layer how many rows each expert has. Pass "
+            "MoEAccelConfig(expert_backend='fused') or 'grouped_mm'"
+        )
+    if runtime.check_tokens:
+        return "check_tokens=True reads values in each layer. Leave it out"
+    if checkpoints:
+        return (
+            "activation checkpointing computes layers again, with states of random numbers that the host reads. Leave "
+            "it out, or torch_compile_mode; MoEAccelConfig(expert_checkpointing='full') saves memory in graphs as well"
+        )
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return (
+            "output_router_logits=True takes logits out of the middle of each layer, for the auxiliary loss. Set it "
+            "to False in the model's config, or leave torch_compile_mode out"
+        )
+    return None
+
+
+class LayerGraphs:
+    """Compiles the layers of a model, and its loss, and replays the layers as graphs; see the module's docstring.
+
+    Args:
+        model: a prepared model of transformers, without wrappers, for which `why_not` returns None.
+        runtime: of the model.
+        device: of the model.
+        kwargs: of `torch.compile`.
+
+    Attributes:
+        replayed: how many training passes were replayed.
+    """
+
+    def __init__(self, model: nn.Module, runtime: Runtime, device: torch.device, **kwargs: Any) -> None:
+        """Take the place of the layers' forward functions; they compile at their first call."""
+        self.replayed = 0
+        self.device = device
+        self.stats = runtime.stats
+        self._timer = runtime.timer
+        self._adapted: list[Any] = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+        self._layers = [_Layer(self, module, torch.compile(module.forward, **kwargs)) for module in layers_of(model)]
+        for layer in self._layers:
+            layer.module.forward = layer
+        compile_loss(model, **kwargs)
+        self.release()
+
+    @staticmethod
+    def of(model: nn.Module) -> LayerGraphs | None:
+        """Those that a model has, if it has any."""
+        calls = (layer.__dict__.get("forward") for layer in layers_of(model))
+        return next((call.graphs for call in calls if isinstance(call, _Layer)), None)
+
+    def release(self) -> None:
+        """Give back the graphs and their memory. The next training passes capture again."""
+        self._running: dict[_Layer, _Inputs] = {}  # the layers of this pass so far, in order
+        self._last: dict[_Layer, _Inputs] = {}
+        self._passes = 0
+        self._captured = self._replays = False
+        self._state: Any = None
+        self._trained: list[nn.Parameter] = []
+        self._own: dict[nn.Parameter, weakref.ref[Tensor]] = {}
+        self._backward: weakref.ref[_Backward] | None = None
+        for layer in self._layers:
+            layer.captured = None
+
+    def enter(self, layer: _Layer, inputs: _Inputs) -> bool:
+        """Note a call of a layer in training. Returns whether it may be replayed."""
+        if not self._running or layer in self._running:
+            self._begin(layer, inputs)
+        self._running[layer] = inputs._replace(tensors=[]) if self._captured else inputs.noted()
+        return self._replays and layer.serves(inputs)
+
+    def awaits_backward(self, out: Any) -> None:
+        """The memory of a pass is in use until its backward pass, or until nothing is left that could start one."""
+        if self._backward is not None:
+            return
+        output = next((leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+        if output is not None:
+            # This hook of the first layer runs when all others have had their turn, and is gone with the graph.
+            backward = _Backward()
+            output.register_hook(backward.end)
+            self._backward = weakref.ref(backward)
+
+    def _begin(self, first: _Layer, inputs: _Inputs) -> None:
+        """A pass begins."""
+        before, self._last, self._running = self._last, self._running, {}
+        self._passes += 1
+        if not self._captured:
+            signatures = _signatures(self._last)
+            alike = signatures == _signatures(before) and signatures[:1] == [(first, inputs.signature)]
+            if alike and not any(each.strange for each in self._last.values()):
+                self._capture(self._last)
+            elif self._passes == _PATIENCE:
+                self._explain(before)
+        backward = None if self._backward is None else self._backward()
+        in_use = backward is not None and not backward.has_run
+        self._replays = first.serves(inputs) and not in_use and self._state == self._state_now()
+        if self._replays:
+            self._backward = None
+            self.replayed += 1
+            self._part_from_gradients()
+
+    def _capture(self, layers: dict[_Layer, _Inputs]) -> None:
+        """Capture what the layers do with inputs like these, in this order."""
+        say(f"hf_moe_accel: capturing CUDA graphs of {len(layers)} layers")
+        captured = tuple(_Captured(layer, inputs) for layer, inputs in layers.items())
+        samples = tuple(inputs.buffers(self.device) for inputs in layers.values())
+        timed, self._timer.active = self._timer.active, False
+        try:
+            with self._uncounted(), _without_autocast_cache(self.device.type):
+                torch.cuda.make_graphed_callables(captured, samples, allow_unused_input=True)
+        except RuntimeError as error:
+            kind = type(captured[0].module).__name__
+            raise RuntimeError(
+                f"torch_compile_mode='reduce-overhead': no CUDA graph can hold a {kind} ({error}). Leave "
+                "torch_compile_mode out: layers are compiled without graphs then."
+            ) from error
+        finally:
+            self._timer.active = timed
+        for layer, each in zip(layers, captured, strict=True):
+            layer.captured = each
+            if self.stats is not None:
+                each.counted = {number: self.stats.newest(number) for number in _moe_layers(layer.module)}
+        self._parameters = [parameter for each in captured for parameter in each.parameters()]
+        self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._captured, self._last = True, {}
+        self._state = self._state_now()
+
+    def _uncounted(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stats is None else self.stats.uncounted()
+
+    def _state_now(self) -> Any:
+        """What the kernels of a pass depend on beside its inputs."""
+        return (
+            [(parameter.data_ptr(), parameter.requires_grad) for parameter in self._parameters],
+            [
+                (each.disable_adapters, tuple(each.active_adapters), len(each.merged_adapters))
+                for each in self._adapted
+            ],
+            torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type),
+        )
+
+    def _part_from_gradients(self) -> None:
+        """See [Note: the gradients of parameters]."""
+        for parameter in self._trained:
+            grad = parameter.grad
+            own = self._own.get(parameter)
+            if grad is not None and (own is None or own() is not grad):
+                parameter.grad = grad.clone()
+                self._own[parameter] = weakref.ref(parameter.grad)
+
+    def _explain(self, before: dict[_Layer, _Inputs]) -> None:
+        passes = [next(iter(each.values())) for each in (before, self._last) if each]
+        strange = next((inputs.strange for inputs in self._last.values() if inputs.strange), None)
+        if strange is not None:
+            reason = f"layers are called with {strange}, which no graph can hold"
+        else:
+            shapes = " and then ".join(str([tuple(t.shape) for t in inputs.tensors]) for inputs in passes)
+            reason = (
+                f"no three passes were alike: the last ones had inputs of {shapes}. Give all batches one shape: pack, "
+                "pad to a fixed length, and drop the last one of an epoch (dataloader_drop_last=True)"
+            )
+        warn_once(f"hf_moe_accel: {self._passes} passes, and no CUDA graph has been captured: {reason}.")
+
+
+class _Layer:
+    """Stands for the forward function of a layer.
+
+    Attributes:
+        graphs: of the model.
+        module: the layer.
+        captured: its graphs, if there are.
+    """
+
+    def __init__(self, graphs: LayerGraphs, module: Any, compiled: Any) -> None:
+        functools.update_wrapper(self, module.forward)
+        self.graphs, self.module = graphs, module
+        self.captured: _Captured | None = None
+        self._compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Replay, or run."""
+        checkpoints = getattr(self.module, "gradient_checkpointing", False)
+        if not (self.module.training and torch.is_grad_enabled()) or checkpoints:
+            return self.run(args, kwargs)
+        inputs = _Inputs.of(args, kwargs)
+        if not self.graphs.enter(self, inputs) or self.captured is None:
+            return self.run(args, kwargs)
+        out = self.captured.forward(*inputs.tensors)
+        self.graphs.awaits_backward(out)
+        if self.graphs.stats is not None:
+            for number, counted in self.captured.counted.items():
+                self.graphs.stats.repeat(number, counted)
+        return out
+
+    def serves(self, inputs: _Inputs) -> bool:
+        """Whether there is a graph for such inputs."""
+        return self.captured is not None and self.captured.signature == inputs.signature
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        """Without a graph."""
+        # As in the capture, which must not find that it has to compile once more.
+        with _without_autocast_cache(self.graphs.device.type):
+            return self._compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied layer has the forward function that it had at first."""
+        return types.MethodType(type(self.module).forward, copy.deepcopy(self.module, memo))
+
+
+class _Inputs(NamedTuple):
+    """What a layer is called with.
+
+    Attributes:
+        tensors: in order.
+        spec: how they lie in the arguments, among the constants.
+        constants: what is no tensor, with None for each tensor.
+        signature: equal for calls that one graph can serve; None if none can.
+        strange: what no graph can hold, if there is something.
+    """
+
+    tensors: list[Tensor]
+    spec: TreeSpec
+    constants: tuple[Any, ...]
+    signature: Any
+    strange: str | None
+
+    @classmethod
+    def of(cls, args: Any, kwargs: dict[str, Any]) -> _Inputs:
+        """Of a call."""
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        strange = next((f"a {type(each).__name__}" for each in constants if not isinstance(each, _CONSTANTS)), None)
+        if kwargs.get("past_key_values") is not None:
+            strange = "past_key_values"
+        about = [(leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        return cls(tensors, spec, constants, None if strange else (spec, constants, about), strange)
+
+    def call(self, tensors: tuple[Tensor, ...]) -> tuple[Any, Any]:
+        """The arguments of a call with other tensors: (args, kwargs)."""
+        rest = iter(tensors)
+        # A constant None has a place in the spec of its own, so that only tensors are missing.
+        is_tensor = [about is not None for about in self.signature[2]]
+        leaves = [next(rest) if each else value for each, value in zip(is_tensor, self.constants, strict=True)]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    def noted(self) -> _Inputs:
+        """To be kept until the next pass: of a tensor that belongs to the graph of this one, only what it is like."""
+        return self._replace(
+            tensors=[
+                torch.empty_like(each, device="meta", requires_grad=True) if each.requires_grad else each
+                for each in self.tensors
+            ]
+        )
+
+    def buffers(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Where a graph reads such inputs from."""
+        return tuple(
+            torch.zeros_like(each, device=device).requires_grad_() if each.is_meta else each.detach().clone()
+            for each in self.tensors
+        )
+
+
+class _Captured(nn.Module):
+    """A layer as `torch.cuda.make_graphed_callables` takes it: a module, called with tensors only.
+
+    Attributes:
+        module: the layer.
+        signature: of the inputs that it was captured with.
+        counted: what the host counts of a pass of each MoE layer in it.
+    """
+
+    def __init__(self, layer: _Layer, inputs: _Inputs) -> None:
+        super().__init__()
+        self.module = layer.module
+        self.signature = inputs.signature
+        self.counted: dict[int, tuple[int, int, int]] = {}
+        self._layer, self._inputs = layer, inputs
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """What is captured; the graph takes its place."""
+        return self._layer.run(*self._inputs.call(tensors))
+
+
+class _Backward:
+    """Whether the backward pass of a replayed pass has run."""
+
+    has_run = False
+
+    def end(self, _: Tensor) -> None:
+        """It has, but for the first layer, whose turn it is."""
+        self.has_run = True
+
+
+def _moe_layers(module: nn.Module) -> list[int]:
+    """The numbers of the MoE layers in a layer."""
+    bindings = (part.__dict__.get("moe_binding") for part in module.modules())
+    return [binding.layer for binding in bindings if binding is not None]
+
+
+def _signatures(layers: dict[_Layer, _Inputs]) -> list[tuple[_Layer, Any]]:
+    return [(layer, inputs.signature) for layer, inputs in layers.items()]
+
+
+def _without_autocast_cache(device_type: str) -> AbstractContextManager[None]:
+    """Autocast as it is, but for its cache of weights, which no graph can hold."""
+    return torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    )
