@@ -221,7 +221,9 @@ class _TokenPath(torch.autograd.Function):
                 runtime.chunks.learn(dispatcher, plan)
             finish, rows, saved = send_and_compute(call, x_TD.to(dtype), weights_TK, plan, chunks)
             if counts and runtime.stats is not None:
-                runtime.stats.add(layer, ids_TK)
+                # Where nothing moves, this rank's experts were given what its tokens chose.
+                known = not dispatcher.moves_rows and len(rows) == 1
+                runtime.stats.add(layer, ids_TK, rows[0].counts_e if known else None)
                 runtime.stats.add_rows(layer, rows)
             keep = None
             if region is not None:

@@ -49,14 +49,23 @@ class RoutingStats:
         self._newest = [(0, 0, 0)] * num_layers  # of a layer's newest pass: tokens, received rows, experts of a token
         self._clear()
 
-    def add(self, layer: int, ids_TK: Tensor) -> None:
-        """Count the choices of one forward pass of a layer."""
+    def add(self, layer: int, ids_TK: Tensor, choices_E: Tensor | None = None) -> None:
+        """Count the choices of one forward pass of a layer.
+
+        Args:
+            layer: its number.
+            ids_TK: [T, K] the choices.
+            choices_E: [E] how many there are of each expert, where that is known already.
+        """
         if self._choices_LE is None:
             self._choices_LE = torch.zeros(self._shape, dtype=torch.int64, device=ids_TK.device)
             self._rows_LE = torch.zeros_like(self._choices_LE)
             self._one = self._choices_LE.new_ones(())
-        ids = ids_TK.reshape(-1).long()
-        self._choices_LE[layer].scatter_add_(0, ids, self._one.expand(ids.numel()))
+        if choices_E is None:
+            ids = ids_TK.reshape(-1).long()
+            self._choices_LE[layer].scatter_add_(0, ids, self._one.expand(ids.numel()))
+        else:
+            self._choices_LE[layer, : choices_E.numel()] += choices_E
         self._tokens_L[layer] += ids_TK.size(0)
         self._top_k = ids_TK.size(1)
         self._newest[layer] = (ids_TK.size(0), 0, self._top_k)

@@ -46,7 +46,8 @@ def order_by_expert(
         start_of_N: [N] int64, the first pair of each row.
         num_experts: the number of experts, e.
     """
-    p_of_R = torch.argsort(expert_of_P, stable=True)
+    # A GPU sorts by radix, 8 bits of each number at a time.
+    p_of_R = torch.argsort(expert_of_P.to(_narrowest(num_experts)), stable=True)
     r_of_P = torch.empty_like(p_of_R)
     r_of_P.scatter_(0, p_of_R, torch.arange(p_of_R.numel(), device=p_of_R.device))
     counts_e = torch.zeros(num_experts, dtype=torch.int32, device=expert_of_P.device)
@@ -58,6 +59,13 @@ def order_by_expert(
         counts_e=counts_e,
         r_of_P=r_of_P,
         start_of_N=start_of_N,
+    )
+
+
+def _narrowest(num_experts: int) -> torch.dtype:
+    """The smallest integers that number experts."""
+    return next(
+        dtype for dtype in (torch.uint8, torch.int16, torch.int64) if num_experts - 1 <= torch.iinfo(dtype).max
     )
 
 

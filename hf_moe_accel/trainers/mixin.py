@@ -26,6 +26,7 @@ from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.trainers.agree import AgreeingLoader, agreed_count
 from hf_moe_accel.trainers.arguments import refuse_arguments
 from hf_moe_accel.trainers.checkpoints import CheckpointMixin
+from hf_moe_accel.trainers.finite import finite_loss
 
 
 class AcceleratedMoEMixin(CheckpointMixin):
@@ -255,6 +256,16 @@ class AcceleratedMoEMixin(CheckpointMixin):
         finally:
             self._end_saves()
             self._close()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the trainer, whose filter for losses that are not finite need not wait for the device then.
+
+        Where a subclass looks at the loss first, it is as it is.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not self.args.logging_nan_inf_filter or type(self).training_step is not AcceleratedMoEMixin.training_step:
+            return loss
+        return finite_loss(loss, self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged))
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """As in the trainer; an epoch is as long as on the rank that has the fewest batches. All ranks must call."""

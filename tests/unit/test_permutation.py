@@ -34,10 +34,11 @@ def test_an_example_by_hand() -> None:
     assert rows.start_of_N.tolist() == [0, 2, 3]
 
 
+@pytest.mark.parametrize("num_experts", [7, 256, 257, 40_000])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_every_pair_stands_with_its_expert_once(dtype: torch.dtype) -> None:
+def test_every_pair_stands_with_its_expert_once(dtype: torch.dtype, num_experts: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    num_rows, top_k, num_experts = 50, 3, 7
+    num_rows, top_k = 50, 3
     expert_of_P = torch.randint(num_experts, (num_rows * top_k,), generator=generator)
     row_of_P = torch.arange(num_rows).repeat_interleave(top_k)
     weights_P = torch.rand(num_rows * top_k, generator=generator)

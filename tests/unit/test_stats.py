@@ -38,6 +38,40 @@ def test_taking_begins_anew() -> None:
     assert stats.take().choices_LE.tolist() == [[0, 0]]
 
 
+def test_choices_that_are_counted_already() -> None:
+    stats = RoutingStats(2, 4)
+    ids = torch.tensor([[0, 1], [1, 2]])
+    stats.add(1, ids)
+    stats.add(1, ids, torch.tensor([1, 2, 1], dtype=torch.int32))  # a layer of three experts
+    taken = stats.take()
+    assert taken.choices_LE.tolist() == [[0, 0, 0, 0], [2, 4, 2, 0]] and taken.tokens_L == [0, 4]
+
+
+def test_repeated_passes_count_on_the_host() -> None:
+    stats = RoutingStats(2, 4)
+    stats.add(1, torch.tensor([[0, 1], [2, 3], [0, 2]]))
+    stats.add_rows(1, [rows_for([0, 1, 1], 2, 2)])
+    counted = stats.newest(1)
+    stats.add(1, torch.tensor([[0]]))
+    stats.take()
+    stats.repeat(1, counted)
+    stats.repeat(1, counted)
+    taken = stats.take()
+    assert (taken.tokens_L, taken.received_L, taken.top_k) == ([0, 6], [0, 4], 2)
+
+
+def test_what_is_uncounted_is_counted_in_the_same_memory() -> None:
+    stats = RoutingStats(1, 2)
+    ids = torch.tensor([[0, 1], [1, 1]])
+    stats.add(0, ids)
+    with stats.uncounted():
+        stats.add(0, ids)
+        stats.add_rows(0, [rows_for([0, 1], 2, 2)])
+    taken = stats.take()
+    assert taken.choices_LE.tolist() == [[1, 3]] and taken.rows_L.tolist() == [0]
+    assert (taken.tokens_L, taken.received_L) == ([2], [0])
+
+
 def test_nothing_counted_is_zeros() -> None:
     assert RoutingStats(2, 3).take().choices_LE.tolist() == [[0, 0, 0], [0, 0, 0]]
 
