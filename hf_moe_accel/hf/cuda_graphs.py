@@ -170,6 +170,8 @@ class LayerGraphs:
     def _capture(self, layers: dict[_Layer, _Inputs]) -> None:
         """Capture what the layers do with inputs like these, in this order."""
         say(f"hf_moe_accel: capturing CUDA graphs of {len(layers)} layers")
+        # What is captured on a stream of its own trains on the usual one.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         captured = tuple(_Captured(layer, inputs) for layer, inputs in layers.items())
         samples = tuple(inputs.buffers(self.device) for inputs in layers.values())
         timed, self._timer.active = self._timer.active, False

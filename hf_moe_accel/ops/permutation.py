@@ -47,11 +47,13 @@ def order_by_expert(
         num_experts: the number of experts, e.
     """
     # A GPU sorts by radix, 8 bits of each number at a time.
-    p_of_R = torch.argsort(expert_of_P.to(_narrowest(num_experts)), stable=True)
+    expert_of_R, p_of_R = torch.sort(expert_of_P.to(_narrowest(num_experts)), stable=True)
     r_of_P = torch.empty_like(p_of_R)
     r_of_P.scatter_(0, p_of_R, torch.arange(p_of_R.numel(), device=p_of_R.device))
-    counts_e = torch.zeros(num_experts, dtype=torch.int32, device=expert_of_P.device)
-    counts_e.scatter_add_(0, expert_of_P.long(), torch.ones_like(expert_of_P, dtype=torch.int32))
+    # Adding up ones by expert takes ten times as long, since all meet at a few places.
+    experts = torch.arange(num_experts, dtype=expert_of_R.dtype, device=expert_of_R.device)
+    ends_e = torch.searchsorted(expert_of_R, experts, right=True, out_int32=True)
+    counts_e = torch.diff(ends_e, prepend=ends_e.new_zeros(1))
     return Dispatched(
         x_ND=x_ND,
         weights_R=weights_P.index_select(0, p_of_R),
