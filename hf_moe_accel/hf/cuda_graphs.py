@@ -104,7 +104,6 @@ class LayerGraphs:
         self.device = device
         self.stats = runtime.stats
         self._timer = runtime.timer
-        self._adapted: list[Any] = [module for module in model.modules() if hasattr(module, "merged_adapters")]
         self._layers = [_Layer(self, module, torch.compile(module.forward, **kwargs)) for module in layers_of(model)]
         for layer in self._layers:
             layer.module.forward = layer
@@ -124,7 +123,8 @@ class LayerGraphs:
         self._passes = 0
         self._captured = self._replays = False
         self._state: Any = None
-        self._trained: list[nn.Parameter] = []
+        self._parameters: list[nn.Parameter] = []
+        self._adapted: list[Any] = []
         self._own: dict[nn.Parameter, weakref.ref[Tensor]] = {}
         self._backward: weakref.ref[_Backward] | None = None
         for layer in self._layers:
@@ -191,7 +191,7 @@ class LayerGraphs:
             if self.stats is not None:
                 each.counted = {number: self.stats.newest(number) for number in _moe_layers(layer.module)}
         self._parameters = [parameter for each in captured for parameter in each.parameters()]
-        self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._adapted = [part for each in captured for part in each.modules() if hasattr(part, "merged_adapters")]
         self._captured, self._last = True, {}
         self._state = self._state_now()
 
@@ -211,7 +211,7 @@ class LayerGraphs:
 
     def _part_from_gradients(self) -> None:
         """See [Note: the gradients of parameters]."""
-        for parameter in self._trained:
+        for parameter in self._parameters:
             grad = parameter.grad
             own = self._own.get(parameter)
             if grad is not None and (own is None or own() is not grad):

@@ -800,7 +800,8 @@ def one_layer() -> PreTrainedModel:
     "torch_compile",
     "torch_compile_backend",
     "torch_compile_mode",
-    note="Losses as without. Layer by layer, and the loss; the exchange of tokens and the experts are left out.",
+    note="Losses as without. Layer by layer, and the loss; the exchange of tokens and the experts are left out. On "
+    'several GPUs "reduce-overhead" is refused: it makes CUDA graphs of layers, in one process.',
 )
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_torch_compile(backend: str, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def host_syncs() -> Iterator[list[Any]]:
             yield syncs
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            syncs += [warning for warning in caught if "synchronizing" in str(warning.message)]
+            syncs += [warning for warning in caught if "called a synchronizing" in str(warning.message)]
 
 
 def test_host_syncs_are_seen() -> None:
