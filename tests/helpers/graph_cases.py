@@ -23,13 +23,17 @@ class Case(NamedTuple):
         script: one letter for each thing done, see `Loop`.
         replayed: how many passes graphs are to replay.
         adapted: whether the model has adapters on attention and experts, which train alone.
+        model: the type of the model.
     """
 
     script: str
     replayed: int
     adapted: bool = False
+    model: str = "qwen3_moe"
 
 
+# With biases and windows of attention, shared experts, layers without experts, layers of several kinds.
+OTHER_MODELS = ("mixtral", "gpt_oss", "deepseek_v3", "olmoe", "nemotron_h", "glm4_moe")
 CASES = {
     # Two passes are noted; the third one and those after it are replayed.
     "full": Case("tttttt", 4),
@@ -42,6 +46,7 @@ CASES = {
     "another length in between": Case("tttstst", 3),
     "adapters are switched off in between": Case("tttotot", 5, adapted=True),
     "no two passes are alike": Case("tststst", 0),
+    **{name: Case("ttpptt", 4, model=name) for name in OTHER_MODELS},
 }
 
 
@@ -119,7 +124,7 @@ class Loop:
 def run(case: Case, device: torch.device, backend: str, *, graphs: bool) -> tuple[list[float], list[Any], int]:
     """(losses and norms of gradients, what was counted of routing, passes that were replayed)."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    made: Any = Adapted("qwen3_moe", dtype)() if case.adapted else tiny_model("qwen3_moe", dtype=dtype)
+    made: Any = Adapted(case.model, dtype)() if case.adapted else tiny_model(case.model, dtype=dtype)
     made.to(device)
     model = prepare_moe_model(made)
     base, runtime = base_of(model), runtime_of(model)
