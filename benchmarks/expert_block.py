@@ -6,10 +6,10 @@
 
 Shapes of Qwen3-30B-A3B unless told otherwise, random weights, a fixed routing whose weights need a gradient. Each arm
 of a cell is a process of its own, and a cell's arms run in turn: stock transformers with `grouped_mm` (with LoRA:
-PEFT's `target_parameters`) and, up to 4k tokens, `eager`; ours with `grouped_mm`, `fused` and, where it is
-installed, `transformer_engine` (with --fp8 also in FP8). What trains is nothing (the backward pass is dx alone), LoRA
-of rank 16 on both projections, or all weights (dW is what that takes longer). With 16 experts each takes as many rows
-as on a rank of eight under expert parallelism.
+PEFT's `target_parameters`) and, up to 4k tokens, `eager`; ours with `grouped_mm`, `fused` and, where they are
+installed, `quack` and `transformer_engine` (with --fp8 also in FP8). What trains is nothing (the backward pass is dx
+alone), LoRA of rank 16 on both projections, or all weights (dW is what that takes longer). With 16 experts each takes
+as many rows as on a rank of eight under expert parallelism.
 
 FLOP/s count the base weights' products only. The floor is their time at the matrix peak measured on an H200 (790
 TFLOP/s); for Qwen3-30B's full training at 4k tokens reading the weights adds to it.
@@ -33,7 +33,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 STOCK = {"stock grouped_mm": "grouped_mm", "stock eager": "eager"}
 FP8 = ("transformer_engine_fp8", "transformer_engine_fp8_block")
-OURS = ("grouped_mm", "fused", "transformer_engine", *FP8)
+OURS = ("grouped_mm", "fused", "quack", "transformer_engine", *FP8)
 EAGER_TOKENS = 4096  # above, it takes too long to be worth the wait
 TRAINING = ("none", "lora", "full")
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -241,6 +241,8 @@ def arms_of(cell: dict[str, Any], fp8: bool) -> list[str]:
     left_out = set() if fp8 else set(FP8)
     if find_spec("transformer_engine") is None:
         left_out |= {"transformer_engine", *FP8}
+    if find_spec("quack") is None:
+        left_out.add("quack")
     if not torch.cuda.is_available():
         left_out |= set(OURS) - {"grouped_mm"}
     return [*stock, *(name for name in OURS if name not in left_out)]

@@ -50,7 +50,8 @@ class MoEAccelConfig:
             "product alone), 'eager' (a loop over the experts: the slow reference). Never chosen by 'auto': "
             "'transformer_engine' (CUDA, bf16: as 'fused', with TransformerEngine's grouped product), and with its "
             "products in FP8 'transformer_engine_fp8' (a scale for each matrix) and 'transformer_engine_fp8_block' (a "
-            "scale for each block of 128)."
+            "scale for each block of 128), 'quack' (CUDA of compute capability 9 and 10, bf16: as 'fused', with "
+            "quack-kernels' grouped products, which read rows through an index; not run on hardware yet)."
         },
     )
     collective_timeout: float = field(

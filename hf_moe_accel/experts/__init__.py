@@ -14,3 +14,5 @@ _TE = "hf_moe_accel.experts.transformer_engine"
 EXPERT_BACKENDS.register("transformer_engine", f"{_TE}:TransformerEngineBackend")
 EXPERT_BACKENDS.register("transformer_engine_fp8", f"{_TE}:FP8CurrentScalingBackend")
 EXPERT_BACKENDS.register("transformer_engine_fp8_block", f"{_TE}:FP8BlockScalingBackend")
+# Not measured yet.
+EXPERT_BACKENDS.register("quack", "hf_moe_accel.experts.quack:QuackBackend")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -154,12 +154,12 @@ class RowGrads(NamedTuple):
     Attributes:
         x_ND: [N, D] or None where not needed.
         weights_R: [R] fp32 or None where not needed.
-        for_weights: what `backward_weights` needs, in the backend's own order.
+        for_weights: what `backward_weights`, which comes next, needs, in the backend's own order.
     """
 
     x_ND: Tensor | None
     weights_R: Tensor | None
-    for_weights: tuple[Tensor, ...]
+    for_weights: tuple[Any, ...]
 
 
 class ExpertBackend(ABC):

@@ -11,7 +11,7 @@ backward, so it is kept without) and for the activation's gradient, and the sum 
 from __future__ import annotations
 
 from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ from hf_moe_accel.ops.permutation import Dispatched
 
 # ([R, r] thin, [e, r, M] factors): each row's product with the factors of its expert.
 Product = tuple[Tensor, Tensor]
+# [R, *] rows by expert, or what a backend's products take in their place: see `_take`.
+Rows = Any
 # ([e] int32 the row after the last one of each expert, what else a backend's products with the weights need of it).
 Groups = tuple[Tensor, ...]
 
@@ -133,7 +135,8 @@ class FusedBackend(ExpertBackend):
         grad_norm: tuple[Tensor, ...] = ()
         weights_R: Tensor | None = rows.weights_R
         if spec.post_norm is None:
-            grad_RD = self._gather(grad_ND, rows.row_of_R)
+            gathered = bool(weights.down_lora) or weights.down_bias is not None
+            grad_RD: Rows = self._take(grad_ND, rows, groups, gathered=gathered)
         else:
             assert weights.post_norm is not None
             leaf, norm_leaf = (t.detach().requires_grad_() for t in (outputs[0], weights.post_norm))
@@ -181,8 +184,8 @@ class FusedBackend(ExpertBackend):
         thin, grad_thin, grad_norm = others[:num_thin], others[num_thin : 2 * num_thin], others[2 * num_thin :]
 
         @cache
-        def into_up_RD() -> Tensor:
-            return self._gather(rows.x_ND, rows.row_of_R)
+        def into_up_RD() -> Rows:
+            return self._take(rows.x_ND, rows, groups, gathered=bool(weights.up_lora))
 
         def by_expert(grad_R: Tensor, weights_R: Tensor | None) -> Tensor:
             starts_e = torch.cat([ends_e.new_zeros(1), ends_e[:-1]]).long()
@@ -208,7 +211,7 @@ class FusedBackend(ExpertBackend):
     ) -> tuple[Tensor, tuple[Tensor, ...], Product | None]:
         """The pre-activation without its bias, LoRA's thin product, and what the gate's kernel is to add."""
         up_eDM, _ = as_in_out(spec, weights)
-        x_RD = self._gather(rows.x_ND, rows.row_of_R)
+        x_RD = self._take(rows.x_ND, rows, groups, gathered=bool(weights.up_lora))
         h_RM = self._linear(x_RD, up_eDM, groups)
         up_thin = _thin(x_RD, weights.up_lora, groups[0])
         del x_RD  # as large as what comes out of the second projection
@@ -220,11 +223,15 @@ class FusedBackend(ExpertBackend):
         """The rows as the products with the weights take them, and where those of each expert are."""
         return rows, (_ends(rows),)
 
-    def _linear(self, x_RK: Tensor, weight_eKM: Tensor, groups: Groups, *, of_grads: bool = False) -> Tensor:
+    def _take(self, source_ND: Tensor, rows: Dispatched, groups: Groups, *, gathered: bool) -> Rows:
+        """[R, D] the rows of each expert. Not `gathered`: for `_linear` and `_outer` alone, in a form of their own."""
+        return self._gather(source_ND, rows.row_of_R)
+
+    def _linear(self, x_RK: Rows, weight_eKM: Tensor, groups: Groups, *, of_grads: bool = False) -> Tensor:
         """[R, M] rows of each expert times its weight, which may be a transposed view."""
         return grouped_linear(x_RK, weight_eKM, groups[0])
 
-    def _outer(self, spec: ExpertsSpec, into_RK: Tensor, grad_RM: Tensor, groups: Groups) -> Tensor:
+    def _outer(self, spec: ExpertsSpec, into_RK: Rows, grad_RM: Rows, groups: Groups) -> Tensor:
         """The gradient of a stacked weight from its rows and their gradients: zeros for an expert without rows."""
         if spec.is_transposed:
             return grouped_outer(into_RK, grad_RM, groups[0])

@@ -75,13 +75,14 @@ def _name(case: Case) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Backends
 
-# Triton's kernels run on a CPU in its interpreter only, which is chosen once a process. TransformerEngine runs on
-# none, and what is around it is tested with a double.
+# Triton's kernels run on a CPU in its interpreter only, which is chosen once a process. What vendors compute runs on
+# none, and what is around it is tested with doubles.
 TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine_fp8", "transformer_engine_fp8_block")
+VENDORS = (*TRANSFORMER_ENGINE, "quack")
 CPU_BACKENDS = tuple(
     name
     for name in EXPERT_BACKENDS
-    if name not in TRANSFORMER_ENGINE and (name != "fused" or os.environ.get("TRITON_INTERPRET") == "1")
+    if name not in VENDORS and (name != "fused" or os.environ.get("TRITON_INTERPRET") == "1")
 )
 
 

@@ -31,7 +31,7 @@ from tests.helpers.grids import (
     ROWS,
     RUN_SLOW,
     TRAINED,
-    TRANSFORMER_ENGINE,
+    VENDORS,
     Case,
     comparable_on_cpu,
     grid,
@@ -47,7 +47,7 @@ from tests.helpers.tolerances import assert_close
 NUM_EXPERTS = 5
 BACKENDS = [name for name in EXPERT_BACKENDS if name != "eager"]
 # TransformerEngine, which need not be installed, has tests of its own.
-ON_ACCELERATORS = [name for name in BACKENDS if name not in ("padded_bmm", *TRANSFORMER_ENGINE)]
+ON_ACCELERATORS = [name for name in BACKENDS if name not in ("padded_bmm", *VENDORS)]
 AXES = {
     "rows": ROWS,
     "gate": GATES,
@@ -138,7 +138,7 @@ def oracle(spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, case: Ca
 def check_equals_eager(name: str, case: Case, device: str) -> None:
     spec, weights, rows = inputs_of(case, device)
     reason = backend_of(name).why_not(spec, case["dtype"], torch.device(device))
-    assert reason is None or (name in ("fused", *TRANSFORMER_ENGINE) and device == "cpu")
+    assert reason is None or (name in ("fused", *VENDORS) and device == "cpu")
     actual = results(backend_of(name), spec, weights, rows, case)
     expected = oracle(spec, weights, rows, case)
     wanted = {"out", *case["rows_need"].split(" and ")}

@@ -22,7 +22,7 @@ from tests.helpers.grids import (
     HIDDEN,
     KINDS,
     ROWS,
-    TRANSFORMER_ENGINE,
+    VENDORS,
     Case,
     add_adapters,
     comparable_on_cpu,
@@ -37,7 +37,7 @@ from tests.helpers.grids import (
 from tests.helpers.tolerances import assert_close
 
 NUM_EXPERTS = 5
-ON_ACCELERATORS = [name for name in EXPERT_BACKENDS if name not in ("eager", "padded_bmm", *TRANSFORMER_ENGINE)]
+ON_ACCELERATORS = [name for name in EXPERT_BACKENDS if name not in ("eager", "padded_bmm", *VENDORS)]
 Results = dict[str, Tensor | None]
 WITH_LORA = tuple(name for name in ADAPTERS if name != "none")
 

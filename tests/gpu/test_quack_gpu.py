@@ -1,0 +1,60 @@
+"""The `quack` backend with quack-kernels itself: in bf16 the same grids as of other backends."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.gpu.test_backends_gpu import host_syncs
+from tests.helpers.grids import KINDS, Case, needed_grads
+from tests.unit import test_expert_backends as backend_contract
+from tests.unit import test_expert_lora as lora_contract
+from tests.unit import test_quack as contract
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(find_spec("quack") is None, reason="quack-kernels is not installed"),
+]
+
+NAME = contract.NAME
+
+
+def in_bf16(cases: list) -> list:
+    return [case for case in cases if case.values[0]["dtype"] == torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("counts", [[3, 0, 2, 0], [0, 0], [1], [300, 0, 7, 129]])
+def test_products(counts: list[int], dtype: torch.dtype) -> None:
+    contract.check_products(counts, "cuda", dtype)
+
+
+@pytest.mark.parametrize("case", in_bf16(backend_contract.CASES))
+def test_equals_eager(case: Case) -> None:
+    backend_contract.check_equals_eager(NAME, case, "cuda")
+
+
+@pytest.mark.parametrize("case", in_bf16(lora_contract.CASES))
+def test_lora_equals_merged_weights(case: Case) -> None:
+    lora_contract.check_equals_merged_weights(NAME, case, "cuda")
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_host_never_waits(kind: str) -> None:
+    case = {"rows": "ragged", "kind": kind, "adapters": "two", "dtype": torch.bfloat16}
+    spec, weights, rows = lora_contract.inputs_of(case, "cuda")
+    backend, needs = backend_contract.backend_of(NAME), needed_grads("all", weights)
+
+    def run() -> None:
+        out, saved = backend.forward(spec, weights, rows)
+        grads = backend.backward_rows(
+            spec, weights, rows, saved, torch.ones_like(out), needs, need_x=True, need_routing=True
+        )
+        backend.backward_weights(spec, weights, rows, grads, needs)
+
+    run()  # what happens once in a process
+    with host_syncs() as syncs:
+        run()
+    assert [str(sync) for sync in syncs] == []

@@ -1,0 +1,113 @@
+"""`quack.gemm_interface.gemm` without its kernels: a package `quack`, on any device.
+
+Written from the Python of quack-kernels 0.6.5: the argument checks of `gemm` and of what it calls, its comments on
+shapes, and `gemm_ref`, which says what is computed. What is not for us (scales, biases, splits) is not there. fp32 is
+taken here and not there, since Triton's interpreter, which runs beside it, cuts digits off bf16.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from hf_moe_accel.ops import quack as library
+
+VERSION = "0.6.5"
+MULTIPLE = 8  # of what lies side by side in memory
+
+
+class Call(NamedTuple):
+    """A product: of rows or of weights, whether through an index, the memory of its second operand and output."""
+
+    of_rows: bool
+    through: bool
+    second: int
+    out: int
+
+
+@contextmanager
+def installed(found: str = VERSION) -> Iterator[list[Call]]:
+    """`import quack` gives the double, and the library takes any device for one that it runs on.
+
+    Gives the calls, in their order.
+    """
+    calls: list[Call] = []
+    modules = {name: types.ModuleType(name) for name in ("quack", "quack.gemm_interface")}
+    for name, module in modules.items():
+        module.__spec__ = ModuleSpec(name, None)
+
+    def recorded(A: Tensor, B: Tensor, **options: Any) -> Tensor:
+        out: Tensor = options["out"]
+        calls.append(
+            Call(
+                options.get("cu_seqlens_m") is not None,
+                options.get("A_idx") is not None,
+                B.data_ptr(),
+                out.data_ptr(),
+            )
+        )
+        return gemm(A, B, **options)
+
+    modules["quack.gemm_interface"].gemm = recorded
+    forget()
+    try:
+        with (
+            mock.patch.dict(sys.modules, modules),
+            mock.patch.object(library, "version", lambda name: found),
+            mock.patch.object(library, "why_not_device", lambda device: None),
+            mock.patch.object(library, "_DTYPES", (*library._DTYPES, torch.float32)),
+        ):
+            yield calls
+    finally:
+        forget()
+
+
+def forget() -> None:
+    """What the library remembers of the package."""
+    for remembered in (library._gemm, library._why_not_installed):
+        remembered.cache_clear()
+
+
+def gemm(
+    A: Tensor,
+    B: Tensor,
+    *,
+    out: Tensor,
+    cu_seqlens_m: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    A_idx: Tensor | None = None,
+    tuned: bool = True,
+) -> Tensor:
+    """`out[rows of e] = A[rows of e] @ B[e]` with `cu_seqlens_m`, `out[e] = A[:, rows of e] @ B[rows of e]` else."""
+    assert not tuned, "tuning compiles a kernel for each of dozens of choices"
+    starts = cu_seqlens_k if cu_seqlens_m is None else cu_seqlens_m
+    assert starts is not None and (cu_seqlens_m is None or cu_seqlens_k is None)
+    for index in (starts, A_idx):
+        assert index is None or (index.dtype == torch.int32 and index.is_contiguous())
+    assert A.dtype == B.dtype == out.dtype and A.numel() and out.numel()
+    for matrix in (A, B, out):
+        side_by_side = [size for size, step in zip(matrix.shape[-2:], matrix.stride()[-2:], strict=True) if step == 1]
+        assert side_by_side and max(side_by_side) % MULTIPLE == 0, "no dimension lies side by side in 16 bytes"
+    counts = starts.diff().tolist()
+    assert starts[0] == 0 and min(counts) >= 0
+    out.fill_(torch.nan)
+    if cu_seqlens_m is not None:
+        rows = A if A_idx is None else A[A_idx.long()]
+        assert A.stride(1) == 1, "rows lie one after the other"
+        assert starts[-1] == rows.size(0) == out.size(0) and B.shape == (len(counts), A.size(1), out.size(1))
+        torch.cat([each @ B[e] for e, each in enumerate(rows.split(counts))], out=out)
+    else:
+        columns = A if A_idx is None else A[:, A_idx.long()]
+        assert A.stride(0) == 1 and B.stride(1) == 1, "both operands by rows of what is summed over"
+        assert starts[-1] == columns.size(1) == B.size(0) and out.shape == (len(counts), A.size(0), B.size(1))
+        for each, left, right in zip(out, columns.split(counts, 1), B.split(counts), strict=True):
+            each.copy_(left @ right)
+    return out

@@ -1,0 +1,196 @@
+"""The `quack` backend equals eager, with a double of the vendor's product; the same grids as of others.
+
+tests/gpu/test_quack_gpu.py has the vendor itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_moe_accel.experts import EXPERT_BACKENDS
+from hf_moe_accel.experts.fused import FusedBackend
+from hf_moe_accel.moe.forward import forward
+from hf_moe_accel.ops import quack as library
+from tests.helpers import quack_double as double
+from tests.helpers.grids import HIDDEN, KINDS, ROWS, Case, grid, make_batch, make_spec, make_weights, needed_grads
+from tests.helpers.tolerances import assert_close
+from tests.unit import test_expert_backends as backend_contract
+from tests.unit import test_expert_lora as lora_contract
+from tests.unit.test_triton_ops import interpreted
+
+NAME = "quack"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# In fp32: of bf16, Triton's interpreter cuts digits off.
+CASES = grid(
+    {
+        "rows": tuple(rows for rows in ROWS if rows != "top-1"),
+        "gate": backend_contract.GATES,
+        "trained": ("all", "none", "projections"),
+        "rows_need": ("x and routing", "routing"),
+        "transposed": (False, True),
+        "bias": (False, True),
+        "post_norm": (False, True),
+        "dtype": (torch.float32,),
+    }
+)
+LORA_CASES = grid(
+    {
+        "rows": ("ragged", "some experts", "no row"),
+        "kind": tuple(KINDS),
+        "adapters": ("both", "two"),
+        "trained": ("none", "all"),
+        "factors": ("ab", "b"),
+        "rows_need": ("x and routing",),
+        "dtype": (torch.float32,),
+    }
+)
+
+
+@pytest.fixture
+def calls() -> Iterator[list[double.Call]]:
+    with double.installed() as calls:
+        yield calls
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The products
+
+
+def some_rows(counts: list[int], device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows of a source [9, 16], which of them each row is, the starts of experts)."""
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(9, 16, generator=generator).to(device, dtype)
+    index = torch.randint(9, (sum(counts),), generator=generator, dtype=torch.int32).to(device)
+    starts = torch.tensor([0, *counts]).cumsum(0).int().to(device)
+    return source, index, starts
+
+
+def check_products(counts: list[int], device: str, dtype: torch.dtype) -> None:
+    """Forward and both layouts of the weight's gradient, of rows and through the index."""
+    source, index, starts = some_rows(counts, device, dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(len(counts), 24, 16, generator=generator).to(device, dtype)
+    grad = torch.randn(sum(counts), 24, generator=generator).to(device, dtype)
+    gathered = source[index.long()]
+    by_expert = [part.double() for part in gathered.split(counts)], [part.double() for part in grad.split(counts)]
+    expected = torch.cat([part @ w.double().t() for part, w in zip(by_expert[0], weight, strict=True)])
+    outer = torch.stack([g.t() @ x for x, g in zip(*by_expert, strict=True)])
+    for rows in (gathered, library.Through(source, index)):
+        assert_close(library.grouped_linear(rows, weight.mT, starts), expected.to(dtype), "backend")
+        for pair in ((grad, rows), (rows, grad)):
+            for transposed in (False, True):
+                found = library.grouped_outer(*pair, starts, transposed=transposed)
+                assert found.is_contiguous()
+                swapped = (pair[0] is rows) != transposed
+                assert_close(found, (outer.mT if swapped else outer).to(dtype), "backend")
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("counts", [[3, 0, 2, 0], [0, 0], [1], [300, 0, 7, 129]])
+def test_products(counts: list[int]) -> None:
+    check_products(counts, "cpu", torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The backend
+
+
+@interpreted
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("case", CASES)
+def test_equals_eager(case: Case) -> None:
+    backend_contract.check_equals_eager(NAME, case, "cpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("case", LORA_CASES)
+def test_lora_equals_merged_weights(case: Case) -> None:
+    lora_contract.check_equals_merged_weights(NAME, case, "cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nothing_is_gathered_or_copied(
+    transposed: bool, calls: list[double.Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = {"rows": "some experts", "gate": "silu", "transposed": transposed, "bias": False, "post_norm": False}
+    case |= {"dtype": torch.float32, "trained": "all", "rows_need": "x and routing"}
+    spec, weights, rows = backend_contract.inputs_of(case, "cpu")
+    backend = backend_contract.backend_of(NAME)
+    monkeypatch.setattr(backend, "_gather", None)
+    found = backend_contract.results(backend, spec, weights, rows, case)
+    up, down = weights.up.data_ptr(), weights.down.data_ptr()
+    of_rows, of_weights = calls[:4], calls[4:]
+    assert [(call.second, call.through) for call in of_rows] == [(up, True), (down, False), (down, True), (up, False)]
+    assert all(call.of_rows for call in of_rows) and not any(call.of_rows for call in of_weights)
+    assert [(call.out, call.through) for call in of_weights] == [
+        (found["up"].data_ptr(), True),
+        (found["down"].data_ptr(), True),
+    ]
+
+
+@interpreted
+@pytest.mark.usefixtures("calls")
+def test_the_token_path_takes_it() -> None:
+    found = []
+    for backend in (NAME, "eager"):
+        spec = make_spec(lora_contract.NUM_EXPERTS, **KINDS["gated"])
+        plain = make_weights(spec)
+        weights = lora_contract.leaves_of(plain, needed_grads("all", plain))
+        ((x, ids, routing),) = make_batch("uneven", 1, lora_contract.NUM_EXPERTS, 2, HIDDEN)
+        x, routing = x.requires_grad_(), routing.requires_grad_()
+        out = forward(spec, x, ids, routing, weights, lora_contract.runtime_of(backend), 0)
+        out.backward(lora_contract.grad_of(out))
+        grads = {str(i): w.grad for i, w in enumerate(weights.flat()) if w is not None}
+        found.append({"out": out.detach(), "x": x.grad, "routing": routing.grad} | grads)
+    assert_close(*found, "backend")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Why not
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "reason"),
+    [
+        ("0.6.5", torch.bfloat16, None),
+        ("0.7", torch.float16, None),
+        ("0.6.4", torch.bfloat16, "quack-kernels 0.6.5 or later is needed, and 0.6.4 is installed"),
+        ("0.6.5", torch.float64, "in bf16 and fp16, and these are float64: load the model in bf16"),
+    ],
+)
+def test_versions_and_dtypes(version: str, dtype: torch.dtype, reason: str | None) -> None:
+    with double.installed(version):
+        found = library.why_not(dtype, CPU)
+    assert found == reason or (reason is not None and found is not None and reason in found)
+
+
+def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, spec = EXPERT_BACKENDS.load(NAME), make_spec(4, **KINDS["gated"])
+    monkeypatch.setattr(FusedBackend, "why_not", lambda *args: None)
+    with double.installed():
+        assert backend.why_not(spec, torch.bfloat16, CPU) is None
+        odd = replace(spec, intermediate_size=12)
+        assert backend.why_not(odd, torch.bfloat16, CPU) == "quack-kernels takes sizes that are multiples of 8, not 12"
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library.why_not(torch.bfloat16, CPU) == "quack-kernels needs a CUDA device, and this is cpu"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert "compute capability 9 and 10, and this one has 8.6" in str(library.why_not(torch.bfloat16, CUDA))
+
+
+def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "why_not_device", lambda device: None)
+    monkeypatch.setattr(library, "find_spec", lambda name: None)
+    double.forget()
+    try:
+        assert "not installed (pip install 'hf_moe_accel[quack]')" in str(library.why_not(torch.bfloat16, CPU))
+    finally:
+        double.forget()
