@@ -5,6 +5,7 @@ experts on one device nothing in a layer depends on counts that the host would h
 pass of a layer is the same kernels each time. `torch.cuda.make_graphed_callables` captures them, under rules that
 training as it is does not keep by itself. This module keeps them: other shapes, other adapters, passes without
 gradients or a second forward pass before the backward one run without graphs, and gradients may add up over passes.
+What a replayed layer hands out (hidden states that a model returns) stays as it is until the next pass.
 
 [Note: when graphs are captured]
 When two training passes were alike in all their layers, and a third one begins like them. By then everything has been
@@ -309,9 +310,8 @@ class _Inputs(NamedTuple):
     def call(self, tensors: tuple[Tensor, ...]) -> tuple[Any, Any]:
         """The arguments of a call with other tensors: (args, kwargs)."""
         rest = iter(tensors)
-        # A constant None has a place in the spec of its own, so that only tensors are missing.
-        is_tensor = [about is not None for about in self.signature[2]]
-        leaves = [next(rest) if each else value for each, value in zip(is_tensor, self.constants, strict=True)]
+        about = self.signature[2]
+        leaves = [value if each is None else next(rest) for each, value in zip(about, self.constants, strict=True)]
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
 

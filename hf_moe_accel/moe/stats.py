@@ -100,10 +100,12 @@ class RoutingStats:
         on_device = (self._choices_LE, self._rows_LE)
         before = [counts_LE.clone() for counts_LE in on_device]
         tokens_L, received_L = list(self._tokens_L), list(self._received_L)
-        yield
-        for counts_LE, values_LE in zip(on_device, before, strict=True):
-            counts_LE.copy_(values_LE)
-        self._tokens_L, self._received_L = tokens_L, received_L
+        try:
+            yield
+        finally:
+            for counts_LE, values_LE in zip(on_device, before, strict=True):
+                counts_LE.copy_(values_LE)
+            self._tokens_L, self._received_L = tokens_L, received_L
 
     def take(self) -> Routed:
         """What was counted since the last call; no device sync."""

@@ -277,6 +277,22 @@ def leaves_of(weights: ExpertWeights, needs: NeededGrads) -> ExpertWeights:
     )
 
 
+def check_token_path(name: str, kind: str) -> None:
+    """The token path with a backend equals the one with eager, forward and backward."""
+    found = []
+    for backend in (name, "eager"):
+        spec = make_spec(NUM_EXPERTS, **KINDS[kind])
+        plain = make_weights(spec)
+        weights = leaves_of(plain, needed_grads("all", plain))
+        ((x, ids, routing),) = make_batch("uneven", 1, NUM_EXPERTS, 2, HIDDEN)
+        x, routing = x.requires_grad_(), routing.requires_grad_()
+        out = forward(spec, x, ids, routing, weights, runtime_of(backend), 0)
+        out.backward(grad_of(out))
+        grads = {str(i): w.grad for i, w in enumerate(weights.flat()) if w is not None}
+        found.append({"out": out.detach(), "x": x.grad, "routing": routing.grad} | grads)
+    assert_close(*found, "backend")
+
+
 def runtime_of(backend: str) -> Any:
     topology = ExpertTopology(1, NUM_EXPERTS)
     return MoERuntime(topology, LocalDispatcher(), EXPERT_BACKENDS.load(backend)(), [NUM_EXPERTS], 60.0)

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.fused import FusedBackend
-from hf_moe_accel.moe.forward import forward
 from hf_moe_accel.ops import quack as library
 from tests.helpers import quack_double as double
-from tests.helpers.grids import HIDDEN, KINDS, ROWS, Case, grid, make_batch, make_spec, make_weights, needed_grads
+from tests.helpers.grids import KINDS, ROWS, Case, grid, make_spec
 from tests.helpers.tolerances import assert_close
 from tests.unit import test_expert_backends as backend_contract
 from tests.unit import test_expert_lora as lora_contract
@@ -138,18 +137,7 @@ def test_nothing_is_gathered_or_copied(
 @interpreted
 @pytest.mark.usefixtures("calls")
 def test_the_token_path_takes_it() -> None:
-    found = []
-    for backend in (NAME, "eager"):
-        spec = make_spec(lora_contract.NUM_EXPERTS, **KINDS["gated"])
-        plain = make_weights(spec)
-        weights = lora_contract.leaves_of(plain, needed_grads("all", plain))
-        ((x, ids, routing),) = make_batch("uneven", 1, lora_contract.NUM_EXPERTS, 2, HIDDEN)
-        x, routing = x.requires_grad_(), routing.requires_grad_()
-        out = forward(spec, x, ids, routing, weights, lora_contract.runtime_of(backend), 0)
-        out.backward(lora_contract.grad_of(out))
-        grads = {str(i): w.grad for i, w in enumerate(weights.flat()) if w is not None}
-        found.append({"out": out.detach(), "x": x.grad, "routing": routing.grad} | grads)
-    assert_close(*found, "backend")
+    lora_contract.check_token_path(NAME, "gated")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,11 +17,9 @@ import torch
 from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.base import ExpertWeights
 from hf_moe_accel.experts.fused import FusedBackend
-from hf_moe_accel.moe.forward import forward
 from hf_moe_accel.ops import transformer_engine as library
 from tests.helpers import transformer_engine_double as double
 from tests.helpers.grids import (
-    HIDDEN,
     INTERMEDIATE,
     KINDS,
     ROWS,
@@ -30,11 +28,8 @@ from tests.helpers.grids import (
     VENDORS,
     Case,
     grid,
-    make_batch,
     make_rows,
     make_spec,
-    make_weights,
-    needed_grads,
 )
 from tests.helpers.tolerances import assert_close
 from tests.unit import test_expert_backends as backend_contract
@@ -131,18 +126,7 @@ def test_parameters_and_their_gradients_are_not_copied(transposed: bool, calls: 
 @pytest.mark.parametrize("name", [NAME, FP8])
 def test_the_token_path_takes_it(name: str) -> None:
     """Counts of rows on the host pass from forward to backward among autograd's saved tensors."""
-    found = []
-    for backend in (name, "eager"):
-        spec = make_spec(lora_contract.NUM_EXPERTS, **KINDS["gpt_oss"])
-        plain = make_weights(spec)
-        weights = lora_contract.leaves_of(plain, needed_grads("all", plain))
-        ((x, ids, routing),) = make_batch("uneven", 1, lora_contract.NUM_EXPERTS, 2, HIDDEN)
-        x, routing = x.requires_grad_(), routing.requires_grad_()
-        out = forward(spec, x, ids, routing, weights, lora_contract.runtime_of(backend), 0)
-        out.backward(lora_contract.grad_of(out))
-        grads = {str(i): w.grad for i, w in enumerate(weights.flat()) if w is not None}
-        found.append({"out": out.detach(), "x": x.grad, "routing": routing.grad} | grads)
-    assert_close(*found, "backend")
+    lora_contract.check_token_path(name, "gpt_oss")
 
 
 def test_auto_never_takes_it() -> None:
