@@ -24,8 +24,8 @@ CUDA = torch.device("cuda")
 @pytest.mark.parametrize("name", CASES)
 def test_replays_change_nothing(name: str) -> None:
     case = CASES[name]
-    expected, counted, _ = run(case, CUDA, "eager", graphs=False)
-    numbers, counted_again, replayed = run(case, CUDA, "eager", graphs=True)
+    expected, counted, _ = run(case, CUDA, graphs=False, backend="eager")
+    numbers, counted_again, replayed = run(case, CUDA, graphs=True, backend="eager")
     assert numbers == pytest.approx(expected, rel=2e-2)
     assert replayed == case.replayed
     # The routing follows the weights, whose last bits may differ.

@@ -121,8 +121,15 @@ class Loop:
         self._optimizer.zero_grad()
 
 
-def run(case: Case, device: torch.device, backend: str, *, graphs: bool) -> tuple[list[float], list[Any], int]:
-    """(losses and norms of gradients, what was counted of routing, passes that were replayed)."""
+def run(case: Case, device: torch.device, *, graphs: bool, **kwargs: Any) -> tuple[list[float], list[Any], int]:
+    """(losses and norms of gradients, what was counted of routing, passes that were replayed).
+
+    Args:
+        case: what to do.
+        device: where.
+        graphs: whether layers are replayed; without, they are compiled only.
+        kwargs: of `torch.compile`.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     made: Any = Adapted(case.model, dtype)() if case.adapted else tiny_model(case.model, dtype=dtype)
     made.to(device)
@@ -131,9 +138,9 @@ def run(case: Case, device: torch.device, backend: str, *, graphs: bool) -> tupl
     assert runtime is not None and runtime.stats is not None
     if graphs:
         assert why_not(base, runtime, checkpoints=False) is None or device.type == "cpu"
-        LayerGraphs(base, runtime, device, backend=backend)
+        LayerGraphs(base, runtime, device, **kwargs)
     else:
-        compile_layers(base, backend=backend)
+        compile_layers(base, **kwargs)
     loop = Loop(model, device)
     loop.run(case.script)
     found = LayerGraphs.of(base)

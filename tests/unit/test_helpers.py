@@ -175,7 +175,7 @@ def test_budgets_are_shown_and_held(tmp_path):
     tests = {"unit/test_a.py": SLEEPS, "integrations/test_b.py": SLEEPS}
     session = run_session(tmp_path, tests)
     assert session.returncode == 0, session.stdout
-    assert re.search(r"^budget unit: \d+\.\d s of 180 s$", session.stdout, re.MULTILINE)
+    assert re.search(r"^budget unit: \d+\.\d s of 240 s$", session.stdout, re.MULTILINE)
     assert re.search(r"^budget commands: \d+\.\d s of 240 s$", session.stdout, re.MULTILINE)
     assert "budget distributed" not in session.stdout and "exceeded" not in session.stdout
 

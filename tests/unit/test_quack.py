@@ -24,11 +24,11 @@ from tests.unit.test_triton_ops import interpreted
 
 NAME = "quack"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-# In fp32: of bf16, Triton's interpreter cuts digits off.
+# In fp32: of bf16, Triton's interpreter cuts digits off. The gates are those of `fused`, which has all of them.
 CASES = grid(
     {
         "rows": tuple(rows for rows in ROWS if rows != "top-1"),
-        "gate": backend_contract.GATES,
+        "gate": ("silu",),
         "trained": ("all", "none", "projections"),
         "rows_need": ("x and routing", "routing"),
         "transposed": (False, True),
@@ -40,7 +40,7 @@ CASES = grid(
 LORA_CASES = grid(
     {
         "rows": ("ragged", "some experts", "no row"),
-        "kind": tuple(KINDS),
+        "kind": ("gated", "gpt_oss"),
         "adapters": ("both", "two"),
         "trained": ("none", "all"),
         "factors": ("ab", "b"),
