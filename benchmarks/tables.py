@@ -26,10 +26,10 @@ def of_stock(values: dict[str, float], stock: dict[str, float] | None, name: str
     return f"{values[name] / stock[name]:.2f}" if stock else ""
 
 
-def best_stock(arms: dict[str, dict[str, float]], time: str) -> dict[str, float] | None:
+def best_stock(arms: dict[str, dict[str, float]]) -> dict[str, float] | None:
     """The fastest arm of stock, if one has run."""
     stock = [values for arm, values in arms.items() if arm.startswith("stock")]
-    return min(stock, key=lambda values: values[time]) if stock else None
+    return min(stock, key=lambda values: values["ms"]) if stock else None
 
 
 def settings_of(arm: str, cell: dict[str, Any], found: dict[str, Any]) -> str:
@@ -46,7 +46,7 @@ def train_step(found: dict[str, Any]) -> Iterator[Row]:
     """A row for each arm of each cell."""
     for cell in found["results"]:
         what, arms = cell["cell"], cell["median"]
-        stock = best_stock(arms, "ms")
+        stock = best_stock(arms)
         for arm in [*arms, *cell.get("failed", {})]:
             row = {
                 "model": what["model"],

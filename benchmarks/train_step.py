@@ -8,10 +8,9 @@
 
 Each arm of a cell is a process of its own, and a cell's arms run in turn, on the same random weights, packed data,
 optimizer and attention, and with the same activation checkpointing and compiling or, with --best, each as it is
-fastest. Stock runs with each of its expert implementations that the cell
-names; its best one counts. LoRA has rank 16 on attention and on all experts. Time is the mean of the steps on the
-clock, data loading and optimizer included, from one wait for the device to another; memory is the peak that is
-reserved (CPU: resident).
+fastest. Stock runs with each of its expert implementations that the cell names; its best one counts. LoRA has rank 16
+on attention and on all experts. Time is the mean of the steps on the clock, data loading and optimizer included, from
+one wait for the device to another; memory is the peak that is reserved (CPU: resident).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from harness import PeakMemory, alternate, machine, medians, show_profile, write
 from peft import LoraConfig, get_peft_model
+from tables import best_stock, of_stock
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 ATTENTION = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
@@ -242,12 +242,10 @@ def compare(options: argparse.Namespace) -> None:
 def show(row: dict[str, Any]) -> None:
     """Print a table of one cell."""
     middle = row["median"]
-    stock = [values for arm, values in middle.items() if arm != OURS]
-    best = min(stock, key=lambda values: values["ms"]) if stock else None
+    best = best_stock(middle)
     print(f"\n{'arm':<18} {'tokens/s':>10} {'of stock':>9} {'ms':>10} {'peak MiB':>10} {'of stock':>9}")
     for arm, values in middle.items():
-        speed = f"{values['tokens_per_s'] / best['tokens_per_s']:.2f}" if best else ""
-        memory = f"{values['peak_mib'] / best['peak_mib']:.2f}" if best else ""
+        speed, memory = (of_stock(values, best, name) for name in ("tokens_per_s", "peak_mib"))
         print(
             f"{arm:<18} {values['tokens_per_s']:>10,.0f} {speed:>9} {values['ms']:>10,.1f} "
             f"{values['peak_mib']:>10,.0f} {memory:>9}"

@@ -173,7 +173,7 @@ class LayerGraphs:
         say(f"hf_moe_accel: capturing CUDA graphs of {len(layers)} layers")
         # What is captured on a stream of its own trains on the usual one.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-        captured = tuple(_Captured(layer, inputs) for layer, inputs in layers.items())
+        captured = tuple(_Captured(layer, inputs.signature) for layer, inputs in layers.items())
         samples = tuple(inputs.buffers(self.device) for inputs in layers.values())
         timed, self._timer.active = self._timer.active, False
         try:
@@ -278,21 +278,38 @@ class _Layer:
         return types.MethodType(type(self.module).forward, copy.deepcopy(self.module, memo))
 
 
+class _Signature(NamedTuple):
+    """What a graph is good for.
+
+    Attributes:
+        spec: how tensors lie in the arguments, among the constants.
+        constants: what is no tensor, with None for each tensor.
+        about: the shape of each tensor, its dtype and whether it requires a gradient, with None for each constant.
+    """
+
+    spec: TreeSpec
+    constants: tuple[Any, ...]
+    about: list[Any]
+
+    def call(self, tensors: tuple[Tensor, ...]) -> tuple[Any, Any]:
+        """The arguments of a call with these tensors: (args, kwargs)."""
+        rest = iter(tensors)
+        pairs = zip(self.about, self.constants, strict=True)
+        args, kwargs = tree_unflatten([value if each is None else next(rest) for each, value in pairs], self.spec)
+        return args, kwargs
+
+
 class _Inputs(NamedTuple):
     """What a layer is called with.
 
     Attributes:
         tensors: in order.
-        spec: how they lie in the arguments, among the constants.
-        constants: what is no tensor, with None for each tensor.
         signature: equal for calls that one graph can serve; None if none can.
         strange: what no graph can hold, if there is something.
     """
 
     tensors: list[Tensor]
-    spec: TreeSpec
-    constants: tuple[Any, ...]
-    signature: Any
+    signature: _Signature | None
     strange: str | None
 
     @classmethod
@@ -305,15 +322,7 @@ class _Inputs(NamedTuple):
         if kwargs.get("past_key_values") is not None:
             strange = "past_key_values"
         about = [(leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else None for leaf in leaves]
-        return cls(tensors, spec, constants, None if strange else (spec, constants, about), strange)
-
-    def call(self, tensors: tuple[Tensor, ...]) -> tuple[Any, Any]:
-        """The arguments of a call with other tensors: (args, kwargs)."""
-        rest = iter(tensors)
-        about = self.signature[2]
-        leaves = [value if each is None else next(rest) for each, value in zip(about, self.constants, strict=True)]
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        return args, kwargs
+        return cls(tensors, None if strange else _Signature(spec, constants, about), strange)
 
     def noted(self) -> _Inputs:
         """To be kept until the next pass: of a tensor that belongs to the graph of this one, only what it is like."""
@@ -341,16 +350,16 @@ class _Captured(nn.Module):
         counted: what the host counts of a pass of each MoE layer in it.
     """
 
-    def __init__(self, layer: _Layer, inputs: _Inputs) -> None:
+    def __init__(self, layer: _Layer, signature: Any) -> None:
         super().__init__()
         self.module = layer.module
-        self.signature = inputs.signature
+        self.signature = signature
         self.counted: dict[int, tuple[int, int, int]] = {}
-        self._layer, self._inputs = layer, inputs
+        self._layer = layer
 
     def forward(self, *tensors: Tensor) -> Any:
         """What is captured; the graph takes its place."""
-        return self._layer.run(*self._inputs.call(tensors))
+        return self._layer.run(*self.signature.call(tensors))
 
 
 class _Backward:

@@ -7,6 +7,7 @@ numbers from the host. `tuned=False` takes its fixed choice for the device: tuni
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -116,11 +117,12 @@ def _why_not_installed() -> str | None:
     if find_spec("quack") is None:
         return "quack-kernels is not installed (pip install 'hf_moe_accel[quack]')"
     found = version("quack-kernels")
-    if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < _LEAST_VERSION:
+    if tuple(map(int, re.findall(r"\d+", found)[:3])) < _LEAST_VERSION:
         least = ".".join(map(str, _LEAST_VERSION))
         return f"quack-kernels {least} or later is needed, and {found} is installed"
     try:
         _gemm()
-    except (ImportError, OSError) as error:
+    except Exception as error:
+        # What it is made of may be missing, or raise whatever its loader does.
         return f"quack-kernels cannot be imported: {type(error).__name__}: {error}"
     return None

@@ -8,10 +8,8 @@ taken here and not there, since Triton's interpreter, which runs beside it, cuts
 from __future__ import annotations
 
 import sys
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_accel.ops import quack as library
+from tests.helpers.vendors import empty_modules
 
 VERSION = "0.6.5"
 MULTIPLE = 8  # of what lies side by side in memory
@@ -40,9 +39,7 @@ def installed(found: str = VERSION) -> Iterator[list[Call]]:
     Gives the calls, in their order.
     """
     calls: list[Call] = []
-    modules = {name: types.ModuleType(name) for name in ("quack", "quack.gemm_interface")}
-    for name, module in modules.items():
-        module.__spec__ = ModuleSpec(name, None)
+    modules = empty_modules("quack", "quack.gemm_interface")
 
     def recorded(A: Tensor, B: Tensor, **options: Any) -> Tensor:
         out: Tensor = options["out"]

@@ -10,11 +10,9 @@ FP8 is exact, too, and keeps all other rules: sizes, which way a matrix may be r
 from __future__ import annotations
 
 import sys
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from importlib.machinery import ModuleSpec
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_accel.ops import transformer_engine as library
+from tests.helpers.vendors import empty_modules
 
 VERSION = "2.20.2"
 MULTIPLE = 16  # of all sizes in FP8
@@ -92,9 +91,7 @@ def installed(found: str = VERSION, fp8: tuple[bool, str] = (True, "")) -> Itera
     """
     calls: list[Call] = []
     names = [PACKAGE, f"{PACKAGE}.pytorch", f"{PACKAGE}.pytorch.cpp_extensions", f"{PACKAGE}_torch"]
-    modules = {name: types.ModuleType(name) for name in names}
-    for name, module in modules.items():
-        module.__spec__ = ModuleSpec(name, None)
+    modules = empty_modules(*names)
 
     def general_grouped_gemm(
         A: Sequence[Tensor],

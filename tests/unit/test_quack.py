@@ -18,6 +18,7 @@ from hf_moe_accel.ops import quack as library
 from tests.helpers import quack_double as double
 from tests.helpers.grids import KINDS, ROWS, Case, grid, make_spec
 from tests.helpers.tolerances import assert_close
+from tests.helpers.vendors import why_not_without_it
 from tests.unit import test_expert_backends as backend_contract
 from tests.unit import test_expert_lora as lora_contract
 from tests.unit.test_triton_ops import interpreted
@@ -149,6 +150,7 @@ def test_the_token_path_takes_it() -> None:
     [
         ("0.6.5", torch.bfloat16, None),
         ("0.7", torch.float16, None),
+        ("0.7rc1", torch.bfloat16, None),
         ("0.6.4", torch.bfloat16, "quack-kernels 0.6.5 or later is needed, and 0.6.4 is installed"),
         ("0.6.5", torch.float64, "in bf16 and fp16, and these are float64: load the model in bf16"),
     ],
@@ -174,11 +176,5 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compute capability 9 and 10, and this one has 8.6" in str(library.why_not(torch.bfloat16, CUDA))
 
 
-def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "why_not_device", lambda device: None)
-    monkeypatch.setattr(library, "find_spec", lambda name: None)
-    double.forget()
-    try:
-        assert "not installed (pip install 'hf_moe_accel[quack]')" in str(library.why_not(torch.bfloat16, CPU))
-    finally:
-        double.forget()
+def test_not_installed() -> None:
+    assert "not installed (pip install 'hf_moe_accel[quack]')" in why_not_without_it(library, double)

@@ -32,6 +32,7 @@ from tests.helpers.grids import (
     make_spec,
 )
 from tests.helpers.tolerances import assert_close
+from tests.helpers.vendors import why_not_without_it
 from tests.unit import test_expert_backends as backend_contract
 from tests.unit import test_expert_lora as lora_contract
 from tests.unit.test_triton_ops import interpreted
@@ -210,14 +211,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "capability 8.0 or more, and this one has 7.5" in str(library.why_not(torch.bfloat16, CUDA))
 
 
-def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "why_not_device", lambda device: None)
-    monkeypatch.setattr(library, "find_spec", lambda name: None)
-    double.forget()
-    try:
-        assert "not installed (pip install --no-build-isolation 'hf_moe" in str(library.why_not(torch.bfloat16, CPU))
-    finally:
-        double.forget()
+def test_not_installed() -> None:
+    assert "not installed (pip install --no-build-isolation 'hf_moe" in why_not_without_it(library, double)
 
 
 def test_half_installed(monkeypatch: pytest.MonkeyPatch) -> None:
