@@ -25,7 +25,7 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Seconds that the tests below tests/<directory> may take together.
-BUDGETS = {"unit": 240, "distributed": 780, "checkpoints": 420, "trajectories": 300, "commands": 240}
+BUDGETS = {"unit": 240, "distributed": 660, "checkpoints": 240, "trajectories": 90, "commands": 240}
 # Directories whose time counts towards another one's budget.
 SHARED_BUDGETS = {"examples": "commands", "integrations": "commands"}
 DIRECTORY_MARKERS = {

@@ -14,6 +14,7 @@ import torch
 from hf_moe_accel.weights.checkpoint import PARTIAL, REPLACED, saved_runs
 from hf_moe_accel.weights.export import _TensorFile
 from hf_moe_accel.weights.manifest import check_manifest
+from tests.helpers.grids import slow
 from tests.helpers.kills import Events, counted
 from tests.helpers.ranks import RanksError, run_ranks
 from tests.helpers.resumable import Result, dropping_model, run
@@ -46,7 +47,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[Res
     ]
 
 
-SEEDS = [seed if seed < 4 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(40)]
+SEEDS = [0, 1, *slow(*range(2, 40))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_moe_accel.weights.manifest import check_manifest
+from tests.helpers.grids import named, slow
 from tests.helpers.models import tiny_model
 from tests.helpers.ranks import RanksError, run_ranks
 from tests.helpers.resumable import (
@@ -59,12 +60,11 @@ def rows_by_step(results: list[Result]) -> dict[int, list[int]]:
 @pytest.mark.parametrize(
     ("world_size", "settings"),
     [
-        (1, {}),
         (2, {"gradient_accumulation_steps": 2}),
         (4, {"ep_size": 2}),
-        (2, {"ep_size": 1}),
+        *slow((1, {}), (2, {"ep_size": 1})),
     ],
-    ids=["1 rank", "2 ranks", "4 ranks, ep 2", "2 ranks, fsdp"],
+    ids=["2 ranks", "4 ranks, ep 2", "1 rank", "2 ranks, fsdp"],
 )
 def test_the_same_layout_goes_on_bit_for_bit(world_size: int, settings: dict[str, Any], tmp_path: Path) -> None:
     settings = settings | {"model": dropping_model}
@@ -111,7 +111,20 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW_CASES = (
+    "frozen experts",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adamw not fused",
+    "checkpointing",
+    "cosine",
+    "whole epochs",
+    "rarely logged",
+)
+
+
+@pytest.mark.parametrize("case", named(CASES, SLOW_CASES))
 def test_what_goes_on_bit_for_bit_on_two_ranks(case: str, tmp_path: Path) -> None:
     settings = CASES[case]
     whole = run_ranks(run, 2, str(tmp_path / "whole"), **settings, init=False)
@@ -131,13 +144,15 @@ def test_what_goes_on_bit_for_bit_on_two_ranks(case: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((2, {}), (1, {"gradient_accumulation_steps": 2})),
         ((2, {}), (4, {"ep_size": 4})),
         ((4, {"ep_size": 4}), (2, {"gradient_accumulation_steps": 2})),
-        ((4, {"ep_size": 2}), (4, {"ep_size": 4, "gradient_accumulation_steps": 2})),
-        ((4, {"ep_size": 2}), (1, {})),
-        ((1, {}), (2, {"ep_size": 1})),
         ((1, {"gradient_accumulation_steps": 4}), (2, {})),
+        *slow(
+            ((2, {}), (1, {"gradient_accumulation_steps": 2})),
+            ((4, {"ep_size": 2}), (4, {"ep_size": 4, "gradient_accumulation_steps": 2})),
+            ((4, {"ep_size": 2}), (1, {})),
+            ((1, {}), (2, {"ep_size": 1})),
+        ),
     ],
     ids=str,
 )
@@ -145,7 +160,7 @@ def test_another_layout_goes_on_with_the_same_losses(before: Any, after: Any, tm
     assert_goes_on("qwen3_moe", before, after, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gpt_oss", *slow("nemotron_h", "deepseek_v3")])
 def test_architectures_on_another_layout(name: str, tmp_path: Path) -> None:
     assert_goes_on(name, (4, {"ep_size": 2}), (2, {}), tmp_path)
 
@@ -184,6 +199,7 @@ def assert_goes_on(name: str, before: Any, after: Any, tmp_path: Path) -> None:
     assert_close(back[0].log, whole[0].log, "training", "log")
 
 
+@pytest.mark.slow
 def test_a_schedule_that_follows_the_loss_on_another_layout(tmp_path: Path) -> None:
     """It keeps something for each of the optimizer's groups, of which there are fewer on one rank."""
     settings: dict[str, Any] = {
@@ -245,6 +261,7 @@ def numbers_after_resume(output_dir: str, checkpoint: str) -> list[float]:
     return callback.drawn
 
 
+@pytest.mark.slow
 def test_new_ranks_draw_numbers_of_their_own(tmp_path: Path) -> None:
     run_ranks(run, 2, str(tmp_path), max_steps=4, init=False)
     checkpoint = str(tmp_path / "checkpoint-4")
@@ -294,15 +311,18 @@ def run_stream(output_dir: str, resume: Any, kind: type[Rows], **settings: Any) 
     return run(output_dir, resume, options={"train_dataset": rows}, **settings), rows.read
 
 
-@pytest.mark.parametrize("kind", [Rows, StatefulRows])
+DISPATCHED = {"gradient_accumulation_steps": 2}
+EACH_READS = {"accelerator_config": {"dispatch_batches": False}}
+
+
 @pytest.mark.parametrize(
-    ("world_size", "settings"),
+    ("kind", "world_size", "settings"),
     [
-        (1, {}),
-        (2, {"gradient_accumulation_steps": 2}),
-        (2, {"accelerator_config": {"dispatch_batches": False}}),
+        (Rows, 1, {}),
+        (StatefulRows, 1, {}),
+        (StatefulRows, 2, DISPATCHED),
+        *slow((Rows, 2, DISPATCHED), (Rows, 2, EACH_READS), (StatefulRows, 2, EACH_READS)),
     ],
-    ids=["1 rank", "2 ranks, dispatched", "2 ranks, each reading"],
 )
 def test_streams_go_on(kind: type[Rows], world_size: int, settings: dict[str, Any], tmp_path: Path) -> None:
     settings = settings | {"model": dropping_model, "save_steps": 1, "max_steps": 9}

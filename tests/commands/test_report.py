@@ -105,7 +105,7 @@ def test_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium is installed")
-@pytest.mark.parametrize("width", [1280, 500])
+@pytest.mark.parametrize("width", [1280, pytest.param(500, marks=pytest.mark.slow)])
 def test_the_page_in_a_browser(width: int, tmp_path: Path) -> None:
     every_number = dict.fromkeys(METRICS, 12345.678)
     records = [counted(step) for step in range(2, 12, 2)]

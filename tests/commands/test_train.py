@@ -136,6 +136,7 @@ def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if not re.search("runtime|per_second|_time|^moe/", k)} for entry in log]
 
 
+@pytest.mark.slow
 def test_sft_as_published_is_the_trainer_called_directly(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = "--eos_token '<eos>' --eval_steps 3 --max_length 32"

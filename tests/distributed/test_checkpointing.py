@@ -13,6 +13,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from hf_moe_accel import MoEAccelConfig, prepare_moe_model
 from hf_moe_accel.dispatch.all_to_all import AllToAllDispatcher
 from hf_moe_accel.moe import replay
+from tests.helpers.grids import slow
 from tests.helpers.models import tiny_model
 from tests.helpers.ranks import RanksError, run_ranks
 from tests.helpers.tolerances import assert_close
@@ -61,7 +62,7 @@ def gradients(
     }
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["after", *slow("before")])
 def test_a_recompute_sends_nothing(when: str) -> None:
     for plain, kept in zip(
         run_ranks(gradients, 2, None), run_ranks(gradients, 2, {"use_reentrant": False}, when), strict=True
@@ -73,7 +74,7 @@ def test_a_recompute_sends_nothing(when: str) -> None:
 
 
 @pytest.mark.parametrize(("level", "again"), [("up", 0), ("full", NUM_LAYERS)])
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}])
+@pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, *slow(None)])
 def test_levels_of_experts(checkpointing: dict[str, Any] | None, level: str, again: int) -> None:
     """ "full" sends the rows once more, and nothing else: neither the routing nor the result."""
     plains = run_ranks(gradients, 2, None)

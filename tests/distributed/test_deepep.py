@@ -29,6 +29,7 @@ from tests.distributed.test_dispatch_contract import NUM_EXPERTS, opened
 from tests.distributed.test_token_path import part_of
 from tests.helpers import deep_ep_double as double
 from tests.helpers import grids
+from tests.helpers.grids import slow
 from tests.helpers.loops import load_checkpoint
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 from tests.helpers.ranks import run_ranks
@@ -168,7 +169,7 @@ def passes(version: str | None) -> dict[str, Any]:
     return found | {"up": mine.up.grad, "down": mine.down.grad}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [4, *slow(2)])
 @pytest.mark.parametrize("version", double.VERSIONS)
 def test_passes_and_models_keep_apart(version: str, world_size: int) -> None:
     expected = run_ranks(passes, world_size, None)
@@ -203,9 +204,8 @@ def train(
     ("version", "world_size", "dispatcher", "checkpointing", "level"),
     [
         ("v1", 2, "deepep", True, "activation"),
-        ("v2", 4, "auto", False, "full"),
-        pytest.param("v1", 4, "auto", False, "full", marks=pytest.mark.slow),
-        pytest.param("v2", 2, "deepep", True, "full", marks=pytest.mark.slow),
+        ("v2", 2, "auto", False, "full"),
+        *slow(("v1", 4, "auto", False, "full"), ("v2", 4, "auto", False, "full"), ("v2", 2, "deepep", True, "full")),
     ],
 )
 def test_training_equals_all_to_all(

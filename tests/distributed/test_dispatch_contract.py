@@ -209,8 +209,9 @@ def check(name: str, world_size: int, case: Case, results: list[dict[str, Any]])
 @pytest.mark.parametrize(
     ("name", "world_size", "case"),
     [
-        pytest.param(name, size, *case.values, id=f"{name}-{size}-{case.id}", marks=case.marks)
+        pytest.param(name, size, *case.values, id=f"{name}-{size}-{case.id}", marks=case.marks or marks)
         for name, size in DISPATCHERS_AND_SIZES
+        for marks in [() if size == max(WORLD_SIZES.get(name, (2, 4))) else pytest.mark.slow]
         for case in cases_of(name)
     ],
 )

@@ -31,6 +31,7 @@ from hf_moe_accel.weights.manifest import check_manifest
 from tests.checkpoints.test_resume import only
 from tests.distributed.test_training_arguments import log_of, make_trainer
 from tests.helpers.adapters import Adapted, config, draw_factors
+from tests.helpers.grids import slow
 from tests.helpers.models import ragged_batch_dataset, tiny_model, toy_tokenizer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.resumable import make_trainer as make_resumable
@@ -62,7 +63,7 @@ def logits_of(name: str, directory: str | Path) -> torch.Tensor:
         return model(input_ids=torch.stack([row["input_ids"] for row in rows])).logits
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", *slow("mixtral", "deepseek_v3")])
 def test_as_stock_peft_on_any_number_of_ranks(name: str, tmp_path: Path) -> None:
     (expected,) = run_ranks(train, 1, Trainer, str(tmp_path / "stock"), Adapted(name))
     stock = load_file(tmp_path / "stock/adapter/adapter_model.safetensors")
@@ -78,11 +79,13 @@ def test_as_stock_peft_on_any_number_of_ranks(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("world_size", "layout", "arguments"),
     [
-        (4, {"ep_size": 2}, {"gradient_accumulation_steps": 2}),
         (4, {"ep_size": 2, "dp_replicate_size": 2}, {}),
         (2, {"ep_size": 1}, {"gradient_accumulation_steps": 2}),
         (2, {}, {"gradient_checkpointing": True}),
-        (2, {}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+        *slow(
+            (4, {"ep_size": 2}, {"gradient_accumulation_steps": 2}),
+            (2, {}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+        ),
     ],
     ids=str,
 )
@@ -122,11 +125,13 @@ def test_adapters_in_fp32_over_weights_in_bf16(tmp_path: Path) -> None:
     "more",
     [
         {"target_parameters": ["experts.down_proj"], "target_modules": []},
-        {"target_parameters": ["experts.gate_up_proj"]},
         {"rank_pattern": {r".*experts\.down_proj": 2}, "use_rslora": True},
         {"target_parameters": None, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
-        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]},
         {"modules_to_save": ["gate"]},
+        *slow(
+            {"target_parameters": ["experts.gate_up_proj"]},
+            {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]},
+        ),
     ],
     ids=str,
 )
@@ -139,7 +144,7 @@ def test_spellings(more: dict[str, Any], tmp_path: Path) -> None:
     assert_close(ours, stock, "training", "adapter")
 
 
-@pytest.mark.parametrize("settings", [{}, {"async_save": True}], ids=["now", "in the background"])
+@pytest.mark.parametrize("settings", [{}, *slow({"async_save": True})], ids=["now", "in the background"])
 def test_adapters_go_on_bit_for_bit_and_on_another_layout(settings: dict[str, Any], tmp_path: Path) -> None:
     whole = run_ranks(run_resumable, 2, str(tmp_path / "whole"), model=Adapted("qwen3_moe"), **settings, init=False)
     checkpoint = only(tmp_path / "whole", 4, tmp_path / "resumed")
@@ -374,8 +379,16 @@ def export_merged(name: str, directory: str, dtype: torch.dtype) -> None:
     export_checkpoint(model, directory, max_shard_size="100KB")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in ("qwen3_moe", "gpt_oss", "nemotron_h")),
+        ("qwen3_moe", torch.bfloat16),
+        *slow(("mixtral", torch.float32), ("deepseek_v3", torch.float32)),
+        *slow(*((name, torch.bfloat16) for name in ("mixtral", "gpt_oss", "nemotron_h", "deepseek_v3"))),
+    ],
+    ids=str,
+)
 def test_the_merged_model_is_stock_pefts(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Bit for bit in fp32 up to the order of the sum; in bf16, stock rounds the product before it adds."""
     stock = Adapted(name, dtype)().merge_and_unload()
@@ -399,7 +412,7 @@ def train_and_merge(output_dir: str, async_save: bool) -> torch.Tensor:
         return trainer.model.eval()(input_ids=rows).logits
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [True, *slow(False)])
 def test_merging_at_each_save(async_save: bool, tmp_path: Path) -> None:
     expected, _ = run_ranks(train_and_merge, 2, str(tmp_path), async_save, init=False)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2/merged", attn_implementation="eager").eval()

@@ -23,6 +23,7 @@ from hf_moe_accel import AcceleratedMoETrainer, AutoModelForCausalLM, MoEAccelCo
 from hf_moe_accel.hf.install import NAME
 from hf_moe_accel.log import warn_once
 from hf_moe_accel.runtime import runtime_of
+from tests.helpers.grids import slow
 from tests.helpers.loops import load_checkpoint, train_loop
 from tests.helpers.models import ragged_batch_dataset, tiny_config, tiny_model
 from tests.helpers.ranks import run_ranks
@@ -107,8 +108,8 @@ def load_and_shard(name: str, directory: str, choices: dict[str, Any]) -> dict[s
     [
         ("qwen3_moe", 2, {"ep_size": 2}),
         ("qwen3_moe", 2, {"ep_size": 1}),
-        ("qwen3_moe", 4, {"ep_size": 2}),
         ("qwen3_moe", 4, {"ep_size": 2, "dp_replicate_size": 2}),
+        *slow(("qwen3_moe", 4, {"ep_size": 2})),
         # Experts that are stored as one tensor; a router's buffer; projections without a gate.
         ("gpt_oss", 4, {"ep_size": 2}),
         ("deepseek_v3", 2, {}),
@@ -170,7 +171,7 @@ def train_tied(how: str, source: str, directory: str, choices: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("how", ["from_pretrained", "in place"])
-@pytest.mark.parametrize(("world_size", "choices"), [(2, {"ep_size": 2}), (4, {"ep_size": 2})])
+@pytest.mark.parametrize(("world_size", "choices"), [(2, {"ep_size": 2}), *slow((4, {"ep_size": 2}))])
 def test_tied_embeddings_train_as_on_one_process(
     how: str, world_size: int, choices: dict[str, Any], ranks: Ranks, tmp_path: Path
 ) -> None:
@@ -244,7 +245,7 @@ def train_from(how: str, directory: str, output_dir: str) -> tuple[list[float], 
     return losses, sharded, runtime_of(trainer.model) is not None
 
 
-@pytest.mark.parametrize("how", ["path", "path object", "model_init", "our auto class"])
+@pytest.mark.parametrize("how", ["path", "our auto class", *slow("path object", "model_init")])
 @pytest.mark.parametrize("name", ["qwen3_moe", "llama"])
 def test_trainer_takes_every_kind_of_model(name: str, how: str, ranks: Ranks, tmp_path: Path) -> None:
     tiny_model(name).save_pretrained(tmp_path / "model")

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM as PlainAutoModel
 
 from hf_moe_accel import MoEAccelConfig, clip_grad_norm_, parameter_groups, prepare_moe_model
+from tests.helpers.grids import named
 from tests.helpers.loops import load_checkpoint, train_loop
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 from tests.helpers.tolerances import assert_close
@@ -43,7 +44,7 @@ def plain_run(ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPath
     return values, directory
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", named(LAYOUTS, ["replicas 2", "ep 2 x efsdp 2"]))
 def test_loop_equals_one_process(
     layout: str, plain_run: tuple[Any, Path], ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from hf_moe_accel import (
 from tests.checkpoints.test_resume import only
 from tests.distributed.test_expert_adapters import logits_of, train
 from tests.helpers.adapters import Adapted, config
+from tests.helpers.grids import slow
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 from tests.helpers.ranks import run_ranks
 from tests.helpers.resumable import run as run_resumable
@@ -63,8 +64,8 @@ def save_both(name: str, directory: Path, **more: Any) -> None:
         ("qwen3_moe", 2, {}, {}),
         ("gpt_oss", 2, {}, {"gradient_checkpointing": True}),
         ("nemotron_h", 2, {"ep_size": 1}, {"gradient_accumulation_steps": 2}),
-        ("qwen3_moe", 4, {"ep_size": 2}, {"gradient_accumulation_steps": 2}),
         ("qwen3_moe", 4, {"ep_size": 2, "dp_replicate_size": 2}, {"gradient_checkpointing": True}),
+        *slow(("qwen3_moe", 4, {"ep_size": 2}, {"gradient_accumulation_steps": 2})),
     ],
     ids=str,
 )
@@ -147,7 +148,7 @@ def loop(directory: str, late: bool) -> dict[str, Any]:
     return {"norms": log, "plain": {n: p for n, p in plain.items() if not isinstance(p, DTensor)}}
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before any forward", "after one"])
+@pytest.mark.parametrize("late", [True, *slow(False)], ids=["after one", "before any forward"])
 def test_a_loop_of_ones_own(late: bool, tmp_path: Path) -> None:
     save_both("qwen3_moe", tmp_path)
     expected = loop(str(tmp_path), None)
@@ -190,7 +191,7 @@ def copy_as_trl_does(before: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["adapted, then prepared", "prepared, then adapted"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [2, *slow(1)])
 def test_trls_copy_of_an_adapter(world_size: int, before: bool) -> None:
     for found in run_ranks(copy_as_trl_does, world_size, before):
         assert found["trains"] == {"default"} and found["copied"] == 8 and not found["left"]
@@ -208,7 +209,7 @@ def use_stock_peft_on_a_sharded_model() -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [2, *slow(1)])
 def test_stock_get_peft_model_after_preparing_is_one_line(world_size: int) -> None:
     for message in run_ranks(use_stock_peft_on_a_sharded_model, world_size):
         assert "hf_moe_accel.get_peft_model" in message and "\n" not in message

@@ -39,6 +39,7 @@ from hf_moe_accel import AcceleratedMoETrainer, parameter_groups
 from hf_moe_accel import AutoModelForCausalLM as AcceleratedAutoModel
 from hf_moe_accel.log import warn_once
 from hf_moe_accel.runtime import runtime_of
+from tests.helpers.grids import slow
 from tests.helpers.models import VOCAB_SIZE, ragged_batch_dataset, tiny_model, toy_tokenizer
 from tests.helpers.ranks import RanksError, run_ranks
 from tests.helpers.resumable import saved_in
@@ -228,6 +229,7 @@ class AddNaN:
 
 @row("logging_nan_inf_filter", note="Equal to one process.")
 @row("`Trainer(compute_loss_func=)`", note="Equal to one process.")
+@pytest.mark.slow
 def test_compute_loss_func_and_nan_filter(tmp_path: Path) -> None:
     (ours, _), _ = compare(tmp_path, options={"compute_loss_func": AddNaN()})
     assert np.isfinite(ours.losses).all()
@@ -294,6 +296,7 @@ def run_schedules(trainer_class: type[Trainer], output_dir: str) -> dict[str, Ru
     "warmup_steps",
     note="Every schedule of transformers, those that follow the evaluation loss included.",
 )
+@pytest.mark.slow
 def test_schedules(tmp_path: Path) -> None:
     (expected,) = run_ranks(run_schedules, 1, Trainer, str(tmp_path))
     for runs in run_ranks(run_schedules, 2, AcceleratedMoETrainer, str(tmp_path), init=False):
@@ -343,12 +346,13 @@ VARIED = {"train_dataset": rows_of_many_lengths(21), "data_collator": pad}
     "data_seed",
     note="Each rank draws the batches that it draws as a rank of DDP.",
 )
-@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length", "batch_rebalance"])
+@pytest.mark.parametrize("strategy", ["random", "batch_rebalance", *slow("sequential", "group_by_length")])
 def test_sampling(strategy: str, tmp_path: Path) -> None:
     arguments = {"train_sampling_strategy": strategy, "max_steps": 5, "data_seed": 7}
     compare(tmp_path, reference_ranks=2, arguments=arguments, options=VARIED)
 
 
+@pytest.mark.slow
 def test_sampling_by_a_column_of_lengths(tmp_path: Path) -> None:
     import datasets
 
@@ -360,6 +364,7 @@ def test_sampling_by_a_column_of_lengths(tmp_path: Path) -> None:
 
 
 @row("dataloader_drop_last", note="As DDP on as many ranks.")
+@pytest.mark.slow
 def test_drop_last(tmp_path: Path) -> None:
     arguments = {"max_steps": -1, "num_train_epochs": 2}
     ours, _ = compare(tmp_path / "keep", reference_ranks=2, arguments=arguments, options=VARIED)
@@ -377,9 +382,8 @@ def test_drop_last(tmp_path: Path) -> None:
     "config",
     [
         {"dispatch_batches": True},
-        {"dispatch_batches": False},
         {"split_batches": True},
-        {"use_seedable_sampler": False, "non_blocking": True},
+        *slow({"dispatch_batches": False}, {"use_seedable_sampler": False, "non_blocking": True}),
     ],
     ids=str,
 )
@@ -396,6 +400,7 @@ def test_accelerator_config(config: dict[str, bool], tmp_path: Path) -> None:
     "dataloader_in_order",
     note="Equal to one process.",
 )
+@pytest.mark.slow
 def test_dataloader_workers(tmp_path: Path) -> None:
     arguments = {
         "dataloader_num_workers": 1,
@@ -411,7 +416,7 @@ def test_dataloader_workers(tmp_path: Path) -> None:
     "`IterableDataset`",
     note="With `max_steps`, as DDP on as many ranks. Where the data of one rank end, all ranks stop.",
 )
-@pytest.mark.parametrize("dispatch_batches", [None, True, False])
+@pytest.mark.parametrize("dispatch_batches", [None, False, *slow(True)])
 def test_iterable_dataset(dispatch_batches: bool | None, tmp_path: Path) -> None:
     options = {
         "train_dataset": Stream(ragged_batch_dataset(28, LENGTH)),
@@ -421,7 +426,7 @@ def test_iterable_dataset(dispatch_batches: bool | None, tmp_path: Path) -> None
     compare(tmp_path, reference_ranks=2, arguments=arguments, options=options | {"data_collator": pad})
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [2, *slow(1)])
 def test_iterable_dataset_of_unequal_lengths(accumulation: int, tmp_path: Path) -> None:
     rows = ragged_batch_dataset(80, LENGTH)
     arguments = {
@@ -489,7 +494,7 @@ def test_remove_unused_columns(tmp_path: Path) -> None:
 
 
 @row("include_num_input_tokens_seen", note="Counts the tokens of all ranks.")
-@pytest.mark.parametrize("kind", ["all", "non_padding"])
+@pytest.mark.parametrize("kind", ["non_padding", *slow("all")])
 def test_num_input_tokens_seen(kind: str, tmp_path: Path) -> None:
     # As DDP on as many ranks, whose batches are padded to the same lengths.
     arguments = {"include_num_input_tokens_seen": kind}
@@ -544,6 +549,7 @@ def number_of_rows(prediction: Any) -> dict[str, float]:
 
 
 @row("eval_use_gather_object", note="As DDP on as many ranks.")
+@pytest.mark.slow
 def test_gather_objects(tmp_path: Path) -> None:
     arguments = {"eval_strategy": "steps", "eval_steps": 3, "eval_use_gather_object": True}
     compare(tmp_path, reference_ranks=2, arguments=arguments, options={"compute_metrics": number_of_rows})
@@ -591,7 +597,7 @@ def predictions(trainer: Trainer) -> dict[str, Any]:
 
 @row("eval_do_concat_batches", note="As DDP on as many ranks.")
 @row("`predict()`", note="As DDP on as many ranks: every rank has all predictions, in order.")
-@pytest.mark.parametrize("concat", [True, False])
+@pytest.mark.parametrize("concat", [True, *slow(False)])
 def test_predict(concat: bool, tmp_path: Path) -> None:
     arguments = {"eval_do_concat_batches": concat}
     ours, expected = compare(tmp_path, reference_ranks=2, after=predictions, arguments=arguments)
@@ -757,7 +763,7 @@ def run_and_push(trainer_class: type[Trainer], output_dir: str, strategy: str) -
     "hub_token",
     note="Rank 0 uploads what one process uploads: a standard model.",
 )
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize("strategy", ["all_checkpoints", *slow("end", "every_save", "checkpoint")])
 def test_push_to_hub(strategy: str, tmp_path: Path) -> None:
     ((expected_calls, expected),) = run_ranks(run_and_push, 1, Trainer, str(tmp_path / "plain"), strategy)
     first, second = run_ranks(run_and_push, 2, AcceleratedMoETrainer, str(tmp_path / "ours"), strategy, init=False)
@@ -781,9 +787,11 @@ def test_push_to_hub(strategy: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"activation_checkpointing": True},
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        *slow(
+            {"activation_checkpointing": True},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        ),
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     ],
     ids=str,
@@ -862,7 +870,7 @@ def bf16_qwen3_moe() -> PreTrainedModel:
 
 @row("bf16", note="fp32 weights stay fp32 masters, and the experts compute in bf16; bf16 weights train in bf16.")
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("how", ["argument", "accelerate launch", "model from disk"])
+@pytest.mark.parametrize("how", ["accelerate launch", "model from disk", *slow("argument")])
 def test_bf16(weights: torch.dtype, how: str, tmp_path: Path) -> None:
     model: Any = qwen3_moe if weights == torch.float32 else bf16_qwen3_moe
     (expected,) = run_ranks(run, 1, Trainer, str(tmp_path), model=model)
@@ -880,6 +888,7 @@ def test_bf16(weights: torch.dtype, how: str, tmp_path: Path) -> None:
 
 
 @row("neftune_noise_alpha", note="As DDP on as many ranks; the hook is gone after training.")
+@pytest.mark.slow
 def test_neftune(tmp_path: Path) -> None:
     arguments = {"neftune_noise_alpha": 5.0}
     ours, _ = compare(tmp_path, reference_ranks=2, arguments=arguments, after=embedding_hooks)
@@ -987,6 +996,7 @@ def run_search(trainer_class: type[Trainer], output_dir: str) -> dict[str, Any]:
 
 
 @row("`hyperparameter_search`", note="With optuna, pruning included: all ranks run rank 0's trials.")
+@pytest.mark.slow
 def test_hyperparameter_search(tmp_path: Path) -> None:
     (expected,) = run_ranks(run_search, 1, Trainer, str(tmp_path / "plain"))
     first, second = run_ranks(run_search, 2, AcceleratedMoETrainer, str(tmp_path / "ours"), init=False)
@@ -1160,7 +1170,7 @@ def stop_and_resume(output_dir: str, value: Any) -> Any:
     "restore_callback_states_from_checkpoint",
     note="Exactly, on any number of ranks: see [checkpoints.md](checkpoints.md).",
 )
-@pytest.mark.parametrize("by_path", [True, False])
+@pytest.mark.parametrize("by_path", [False, *slow(True)])
 def test_resume(by_path: bool, tmp_path: Path) -> None:
     (expected,) = run_ranks(run, 1, Trainer, str(tmp_path / "plain"))
     for counts, resumed in run_ranks(stop_and_resume, 2, str(tmp_path / "ours"), by_path, init=False):

@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 from hf_moe_accel import AcceleratedMoESFTTrainer, MoEAccelConfig
 from tests.helpers.adapters import config, draw_factors
+from tests.helpers.grids import named, slow
 from tests.helpers.models import toy_tokenizer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import assert_close
@@ -66,7 +67,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW_CASES = (
+    "DPO, a reference is given",
+    "DPO, the reference follows",
+    "KTO, LoRA on experts",
+    "SFT, a loaded model",
+    "DPO, the reference is implied by a loaded model",
+    "DPO, without the adapter, computed before",
+    "KTO, a reference is given",
+    "KTO, the reference is computed before",
+    "Reward, LoRA on experts",
+)
+
+
+@pytest.mark.parametrize("case", named(CASES, SLOW_CASES))
 def test_equals_stock_trl(case: str, inputs: str) -> None:
     """At a learning rate that moves the loss, so that whatever does not train shows in the next steps."""
     kind, options = CASES[case]
@@ -103,7 +117,7 @@ def first_gradients(trainer: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward"])
+@pytest.mark.parametrize("kind", ["SFT", "DPO", *slow("KTO", "Reward")])
 def test_first_gradients_and_small_steps_equal_stock_trl(kind: str, inputs: str) -> None:
     """At a learning rate as TRL's, 1e-5."""
     options = {"max_grad_norm": 0.0, "options": {"callbacks": [FirstGradients()]}, "after": first_gradients}
@@ -118,7 +132,7 @@ def test_first_gradients_and_small_steps_equal_stock_trl(kind: str, inputs: str)
     ("case", "layout"),
     [
         ("DPO, the reference is implied", {"ep_size": 2, "dp_replicate_size": 2}),
-        ("DPO, the reference is computed before", {"ep_size": 2}),
+        *slow(("DPO, the reference is computed before", {"ep_size": 2})),
     ],
     ids=str,
 )
@@ -175,7 +189,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW_VARIANTS = (
+    "wrapped packing",
+    "completion-only",
+    "dft loss",
+    "streaming",
+    "accumulation",
+    "auxiliary loss",
+    "no checkpointing",
+    "evaluation",
+    "adapters that are copied whole",
+)
+
+
+@pytest.mark.parametrize("variant", named(VARIANTS, SLOW_VARIANTS))
 def test_arguments_of_sft(variant: str, inputs: str) -> None:
     options = {"learning_rate": 1e-3} | VARIANTS[variant]
     stock, _ = run_ranks(run, 2, "SFT", False, inputs, **options, init=False)
@@ -190,10 +217,12 @@ def small_words(completions: list[str], **_: Any) -> list[float]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"router_aux_loss_coef": 0.01},
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "ld_alpha": 0.5},
         {"gradient_accumulation_steps": 2, "precompute_ref_log_probs": True, "options": {"ref_model": other}},
-        {"eval_strategy": "steps", "eval_steps": 1, "options": {"eval_dataset": preferred}},
+        *slow(
+            {"router_aux_loss_coef": 0.01},
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "ld_alpha": 0.5},
+            {"eval_strategy": "steps", "eval_steps": 1, "options": {"eval_dataset": preferred}},
+        ),
     ],
     ids=str,
 )
@@ -208,6 +237,7 @@ def streamed_unevenly(directory: str) -> Any:
     return streamed(directory).take(29)
 
 
+@pytest.mark.slow
 def test_a_stream_that_ends_at_different_times(inputs: str) -> None:
     options = {"options": {"train_dataset": streamed_unevenly}, "max_steps": 6, "per_device_train_batch_size": 1}
     first, second = run_ranks(run, 2, "SFT", True, inputs, **options, gradient_accumulation_steps=4, init=False)
@@ -239,8 +269,8 @@ GENERATION: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     "more",
-    [{"beta": 0.1}, {"beta": 0.1, "load": loaded, "options": LORA["options"]}],
-    ids=["whole", "LoRA on experts"],
+    [{"beta": 0.1, "load": loaded, "options": LORA["options"]}, *slow({"beta": 0.1})],
+    ids=["LoRA on experts", "whole"],
 )
 def test_grpo_equals_stock_trl(more: dict[str, Any], inputs: str) -> None:
     """Down to the words that are drawn."""
@@ -283,13 +313,15 @@ def in_slices(kind: str, directory: str, **options: Any) -> dict[str, Any]:
     ("kind", "options", "models"),
     [
         ("SFT", {"bf16": True}, 1),
-        ("SFT", {"options": {"peft_config": config()}}, 1),
         ("SFT", {"model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "eager"}}, 1),
         ("DPO", {}, 2),
         ("DPO", {"options": {"peft_config": config()}}, 1),
-        ("KTO", {}, 2),
         ("Reward", {}, 1),
-        ("GRPO", GENERATION | {"beta": 0.1}, 2),
+        *slow(
+            ("SFT", {"options": {"peft_config": config()}}, 1),
+            ("KTO", {}, 2),
+            ("GRPO", GENERATION | {"beta": 0.1}, 2),
+        ),
     ],
     ids=str,
 )
@@ -364,6 +396,7 @@ def test_what_does_not_go_is_refused_before_weights_are_read(inputs: str) -> Non
             assert name in text and "Delete" in text
 
 
+@pytest.mark.slow
 def test_trl_is_imported_only_when_asked_for() -> None:
     code = "import hf_moe_accel, sys; hf_moe_accel.AcceleratedMoETrainer; assert 'trl' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

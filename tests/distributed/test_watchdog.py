@@ -16,6 +16,7 @@ from hf_moe_accel.moe import watchdog
 from hf_moe_accel.moe.watchdog import EXIT_CODE, Watchdog
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from tests.distributed.watchdog_job import TIMEOUT, run
+from tests.helpers.grids import named
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 from tests.helpers.ranks import RanksError, launch
 
@@ -167,7 +168,7 @@ STUCK = {
 }
 
 
-@pytest.mark.parametrize("case", STUCK)
+@pytest.mark.parametrize("case", named(STUCK, ["asleep between exchanges"]))
 def test_job_that_is_stuck_ends(case: str, ranks: Ranks) -> None:
     ranks(dist.get_rank, 2)  # Starts the workers.
     started = time.monotonic()
@@ -184,6 +185,7 @@ def test_job_that_is_stuck_ends(case: str, ranks: Ranks) -> None:
     assert seconds < 2 * TIMEOUT + 10, seconds
 
 
+@pytest.mark.slow
 def test_torchrun_job_that_is_stuck_ends() -> None:
     result = launch(["-m", JOB, "asleep before a forward"], 2, timeout=90)
     assert result.returncode != 0
@@ -272,6 +274,7 @@ def open_and_close() -> dict[str, Any]:
     return {"counts": counts, "names": names}
 
 
+@pytest.mark.slow
 def test_runtimes_open_and_close(ranks: Ranks) -> None:
     for result, output in ranks(open_and_close, 2, capture=True):
         assert result["counts"] == [0, *[1, 2, 1, 0] * 2, 0]

@@ -28,6 +28,17 @@ RUN_SLOW = "TESTS_RUN_SLOW"
 # Grids
 
 
+def slow(*cases: Any) -> list:
+    """Cases for pytest's `parametrize` that only `--run-slow` runs; a tuple holds the values of several arguments."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
+def named(cases: Mapping[str, Any], slowly: Sequence[str]) -> list:
+    """The names of cases, of which only `--run-slow` runs those that are given in `slowly`."""
+    assert cases.keys() >= set(slowly)
+    return [*(name for name in cases if name not in slowly), *slow(*slowly)]
+
+
 def grid(axes: Mapping[str, Sequence[Any]], valid: Callable[[Case], bool] = lambda case: True, seed: int = 0) -> list:
     """Valid combinations of the values of the axes, as pytest parameters.
 

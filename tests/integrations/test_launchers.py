@@ -134,6 +134,7 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_torchrun_one_node_runs(tmp_path: Path) -> None:
     script = str(LAUNCHERS / "torchrun/one_node.sh")
     env = environment(tmp_path, NPROC="2")

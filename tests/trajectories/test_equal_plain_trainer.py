@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig
 from hf_moe_accel.dispatch.all_to_all import AllToAllDispatcher
+from tests.helpers.grids import slow
 from tests.helpers.loops import load_checkpoint
 from tests.helpers.models import TRAINED_MOE, ragged_batch_dataset, tiny_config, tiny_model
 from tests.helpers.ranks import run_ranks
@@ -67,13 +68,13 @@ LAYOUTS = {
     "4 ranks, ep 2, efsdp 2": (4, {"ep_size": 2}),
     "4 ranks, ep 2, replicas 2": (4, {"ep_size": 2, "dp_replicate_size": 2}),
 }
-# Every architecture on the layouts that differ most; one architecture on all.
-CASES = [
-    (name, layout)
-    for name in TRAINED_MOE
-    for layout in LAYOUTS
-    if name == "qwen3_moe" or layout in ("1 rank", "2 ranks, ep 2", "4 ranks, ep 4", "4 ranks, ep 2, efsdp 2")
+# One architecture on all layouts; every one on those that differ most, of which one has all that the others have.
+ALL = [(name, layout) for name in TRAINED_MOE for layout in LAYOUTS]
+FAST = [
+    (name, layout) for name, layout in ALL if name == "qwen3_moe" or layout in ("1 rank", "4 ranks, ep 2, efsdp 2")
 ]
+SLOW = [(name, layout) for name, layout in ALL if layout in ("2 ranks, ep 2", "4 ranks, ep 4")]
+CASES = [*FAST, *slow(*(case for case in SLOW if case not in FAST))]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
@@ -107,16 +108,18 @@ RECOMPUTES = {
 @pytest.mark.parametrize(
     ("layout", "chunks", "recompute"),
     [
-        ("2 ranks, ep 2", 2, "kept"),
         ("2 ranks, ep 2", 4, "non-reentrant"),
         ("2 ranks, ep 2", 2, "reentrant"),
-        ("4 ranks, ep 4", 2, "non-reentrant"),
-        pytest.param("2 ranks, ep 2", 1, "non-reentrant", marks=pytest.mark.slow),
-        pytest.param("2 ranks, ep 2", 1, "reentrant", marks=pytest.mark.slow),
-        pytest.param("2 ranks, ep 2", 4, "kept", marks=pytest.mark.slow),
-        pytest.param("4 ranks, ep 4", 4, "kept", marks=pytest.mark.slow),
-        pytest.param("4 ranks, ep 4", 4, "reentrant", marks=pytest.mark.slow),
-        pytest.param("4 ranks, ep 2, efsdp 2", 4, "non-reentrant", marks=pytest.mark.slow),
+        *slow(
+            ("2 ranks, ep 2", 2, "kept"),
+            ("4 ranks, ep 4", 2, "non-reentrant"),
+            ("2 ranks, ep 2", 1, "non-reentrant"),
+            ("2 ranks, ep 2", 1, "reentrant"),
+            ("2 ranks, ep 2", 4, "kept"),
+            ("4 ranks, ep 4", 4, "kept"),
+            ("4 ranks, ep 4", 4, "reentrant"),
+            ("4 ranks, ep 2, efsdp 2", 4, "non-reentrant"),
+        ),
     ],
 )
 def test_training_in_chunks_equals_plain_trainer(

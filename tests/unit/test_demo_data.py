@@ -63,6 +63,7 @@ def test_pairs_come_from_the_standard_library_without_its_tests(pairs):
     assert modules.isdisjoint({"test", "idlelib", "turtledemo", "lib2to3"})
 
 
+@pytest.mark.slow
 def test_pairs_are_read_in_a_fixed_order(pairs):
     assert data.collect_pairs() == pairs
 

@@ -152,6 +152,7 @@ def configurations_with_experts() -> list[str]:
     return sorted(t for t in types if types[t].__module__.rpartition(".")[0] in packages)
 
 
+@pytest.mark.slow
 def test_experts_of_whole_models_are_found_have_a_rule_and_lead_to_the_token_path() -> None:
     """Default configurations on the meta device, without those that make no model there, or none with experts."""
     classes = {marked.name for marked in marked_classes()}

@@ -33,6 +33,7 @@ from tests.helpers.grids import (
     make_weights,
     names_of,
     needed_grads,
+    slow,
 )
 from tests.helpers.tolerances import assert_close
 
@@ -161,7 +162,7 @@ def test_clamped_gates_equal_eager_in_bf16(adapters: str) -> None:
     check(actual, expected, wanted_of(weights, needs, "x and routing"), torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.bfloat16)])
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_adapters_that_are_zero_change_nothing(name: str, kind: str, dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from tests.helpers import ranks as pool
+from tests.helpers.grids import slow
 from tests.helpers.ranks import LaunchTimeout, RanksError, launch, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -413,6 +414,7 @@ POOL_PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_no_process_survives_the_session(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(POOL_PROGRAM))
@@ -459,7 +461,7 @@ TORCHRUN_PROGRAM = r"""
 """
 
 
-@pytest.mark.parametrize("how", ["ends", pytest.param("hangs", marks=pytest.mark.slow), "loses its launcher"])
+@pytest.mark.parametrize("how", ["ends", *slow("hangs", "loses its launcher")])
 def test_launch_runs_torchrun_and_leaves_no_process(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "program.py").write_text(textwrap.dedent(TORCHRUN_PROGRAM))
