@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_moe_accel.callbacks.run_file import read_run
+from tests.helpers.grids import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,11 +92,12 @@ def test_plain_transformers_reads_every_key(demo):
     assert len(AutoTokenizer.from_pretrained(folder / "checkpoint")) == model.config.vocab_size
 
 
-def test_with_lora_the_merged_model_and_the_adapter_are_what_was_trained(tmp_path):
+@pytest.mark.parametrize("nproc", ["1", *slow("2")])
+def test_with_lora_the_merged_model_and_the_adapter_are_what_was_trained(nproc, tmp_path):
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    result = run_cli("demo", "--lora", "--steps", "2", "--nproc", "1", "--output-dir", str(tmp_path), timeout=240)
+    result = run_cli("demo", "--lora", "--steps", "2", "--nproc", nproc, "--output-dir", str(tmp_path), timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1.9 M parameters, LoRA trains 0.8 M" in result.stdout
     assert "reload     by plain transformers: ok" in result.stdout

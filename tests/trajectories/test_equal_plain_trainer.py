@@ -68,7 +68,8 @@ LAYOUTS = {
     "4 ranks, ep 2, efsdp 2": (4, {"ep_size": 2}),
     "4 ranks, ep 2, replicas 2": (4, {"ep_size": 2, "dp_replicate_size": 2}),
 }
-# One architecture on all layouts; every one on those that differ most, of which one has all that the others have.
+# One architecture on all layouts; the others on one rank and where EP and FSDP2 cut the same experts, and, slow, where
+# EP alone does.
 ALL = [(name, layout) for name in TRAINED_MOE for layout in LAYOUTS]
 FAST = [
     (name, layout) for name, layout in ALL if name == "qwen3_moe" or layout in ("1 rank", "4 ranks, ep 2, efsdp 2")
