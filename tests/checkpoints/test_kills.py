@@ -47,7 +47,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[Res
     ]
 
 
-SEEDS = [0, 1, *slow(*range(2, 40))]
+SEEDS = [0, *slow(*range(1, 40))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -332,6 +332,7 @@ def test_what_cannot_be_written_is_removed(checkpoint: Path, tmp_path: Path, cli
 # --- The command line ---
 
 
+@pytest.mark.slow
 def test_as_a_program(checkpoint: Path, tmp_path: Path) -> None:
     # By module, since a checkout need not be installed.
     command = [sys.executable, "-m", "hf_moe_accel.cli", "checkpoint"]

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from hf_moe_accel.callbacks.run_file import read_run
-from tests.helpers.grids import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +91,8 @@ def test_plain_transformers_reads_every_key(demo):
     assert len(AutoTokenizer.from_pretrained(folder / "checkpoint")) == model.config.vocab_size
 
 
-@pytest.mark.parametrize("nproc", ["1", *slow("2")])
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", ["1", "2"])
 def test_with_lora_the_merged_model_and_the_adapter_are_what_was_trained(nproc, tmp_path):
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed

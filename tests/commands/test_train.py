@@ -176,6 +176,7 @@ def test_sft_as_published_is_the_trainer_called_directly(inputs: Path, tmp_path:
     assert_close(saved, dict(trainer.model.state_dict()), "training")
 
 
+@pytest.mark.slow
 def test_dpo_file_as_published_starts_its_ranks(inputs: Path, tmp_path: Path) -> None:
     """With an environment, a mixture of two data sets, and LoRA on the experts by TRL's option."""
     settings = yaml.safe_load(DPO_FILE) | {

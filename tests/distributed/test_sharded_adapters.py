@@ -103,6 +103,7 @@ def test_fp32_masters_that_compute_in_bf16(tmp_path: Path) -> None:
     assert {value.dtype for value in saved.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_it_goes_on_bit_for_bit_and_on_another_layout(tmp_path: Path) -> None:
     save_both("qwen3_moe", tmp_path)
     loaded = Loaded(tmp_path)

@@ -168,7 +168,7 @@ STUCK = {
 }
 
 
-@pytest.mark.parametrize("case", named(STUCK, ["asleep between exchanges"]))
+@pytest.mark.parametrize("case", named(STUCK, ["asleep before a backward", "asleep between exchanges"]))
 def test_job_that_is_stuck_ends(case: str, ranks: Ranks) -> None:
     ranks(dist.get_rank, 2)  # Starts the workers.
     started = time.monotonic()
@@ -224,6 +224,7 @@ def test_rank_that_survives_another_one_says_who_was_where() -> None:
     assert "last after step 2, layer 0, backward, dispatch" in survivor.stderr
 
 
+@pytest.mark.slow
 def test_job_without_trouble_ends_without_a_word() -> None:
     """Also where nobody closes the runtime."""
     for rank, result in enumerate(launch_two_ranks("without trouble")):
