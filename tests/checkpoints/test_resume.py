@@ -324,6 +324,7 @@ EACH_READS = {"accelerator_config": {"dispatch_batches": False}}
         (StatefulRows, 2, DISPATCHED),
         *slow((Rows, 2, DISPATCHED), (Rows, 2, EACH_READS), (StatefulRows, 2, EACH_READS)),
     ],
+    ids=["1 rank", "1 rank, stateful", "dispatched, stateful", "dispatched", "each reading", "each reading, stateful"],
 )
 def test_streams_go_on(kind: type[Rows], world_size: int, settings: dict[str, Any], tmp_path: Path) -> None:
     settings = settings | {"model": dropping_model, "save_steps": 1, "max_steps": 9}

@@ -16,6 +16,7 @@ from hf_moe_accel.callbacks.pictures import MAX_POINTS, by_layer, load, relative
 from hf_moe_accel.callbacks.run_file import METRICS, NAME, Run, RunFile, read_run
 from hf_moe_accel.cli import main
 from tests.helpers import browser
+from tests.helpers.grids import slow
 
 ABOUT = {
     "model": "Qwen3MoeForCausalLM",
@@ -105,7 +106,7 @@ def test_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium is installed")
-@pytest.mark.parametrize("width", [1280, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [1280, *slow(500)])
 def test_the_page_in_a_browser(width: int, tmp_path: Path) -> None:
     every_number = dict.fromkeys(METRICS, 12345.678)
     records = [counted(step) for step in range(2, 12, 2)]

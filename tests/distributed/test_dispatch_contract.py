@@ -21,11 +21,11 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import assert_close
 
 NUM_EXPERTS = 16
-# Numbers of ranks that a dispatcher is tried on; those that are not listed here: any.
-WORLD_SIZES = {"local": (1,)}
 # DeepEP is tried as either of its generations, over the double.
 NAMES = [name for name in DISPATCHERS if name != "deepep"] + [f"deepep {v}" for v in deep_ep_double.VERSIONS]
-DISPATCHERS_AND_SIZES = [(name, size) for name in NAMES for size in WORLD_SIZES.get(name, (2, 4))]
+# Numbers of ranks that a dispatcher is tried on; the largest runs always.
+WORLD_SIZES = {name: (1,) if name == "local" else (2, 4) for name in NAMES}
+DISPATCHERS_AND_SIZES = [(name, size) for name in NAMES for size in WORLD_SIZES[name]]
 # The least that each generation takes; the others take any. A package of V2 serves narrow rows by V1.
 HIDDEN = {"deepep v1": 16, "deepep v2": 256, "deepep": 256, "deepep narrow": 16}
 AXES = {
@@ -211,7 +211,7 @@ def check(name: str, world_size: int, case: Case, results: list[dict[str, Any]])
     [
         pytest.param(name, size, *case.values, id=f"{name}-{size}-{case.id}", marks=case.marks or marks)
         for name, size in DISPATCHERS_AND_SIZES
-        for marks in [() if size == max(WORLD_SIZES.get(name, (2, 4))) else pytest.mark.slow]
+        for marks in [() if size == max(WORLD_SIZES[name]) else pytest.mark.slow]
         for case in cases_of(name)
     ],
 )

@@ -63,7 +63,7 @@ def logits_of(name: str, directory: str | Path) -> torch.Tensor:
         return model(input_ids=torch.stack([row["input_ids"] for row in rows])).logits
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", *slow("mixtral", "deepseek_v3")])
+@pytest.mark.parametrize("name", MODELS)
 def test_as_stock_peft_on_any_number_of_ranks(name: str, tmp_path: Path) -> None:
     (expected,) = run_ranks(train, 1, Trainer, str(tmp_path / "stock"), Adapted(name))
     stock = load_file(tmp_path / "stock/adapter/adapter_model.safetensors")
@@ -379,16 +379,8 @@ def export_merged(name: str, directory: str, dtype: torch.dtype) -> None:
     export_checkpoint(model, directory, max_shard_size="100KB")
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *((name, torch.float32) for name in ("qwen3_moe", "gpt_oss", "nemotron_h")),
-        ("qwen3_moe", torch.bfloat16),
-        *slow(("mixtral", torch.float32), ("deepseek_v3", torch.float32)),
-        *slow(*((name, torch.bfloat16) for name in ("mixtral", "gpt_oss", "nemotron_h", "deepseek_v3"))),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_merged_model_is_stock_pefts(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Bit for bit in fp32 up to the order of the sum; in bf16, stock rounds the product before it adds."""
     stock = Adapted(name, dtype)().merge_and_unload()

@@ -811,7 +811,7 @@ def one_layer() -> PreTrainedModel:
     note="Losses as without. Layer by layer, and the loss; the exchange of tokens and the experts are left out. On "
     'several GPUs "reduce-overhead" is refused: it makes CUDA graphs of layers, in one process.',
 )
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", *slow("aot_eager")])
 def test_torch_compile(backend: str, tmp_path: Path) -> None:
     arguments = {"torch_compile": True, "torch_compile_backend": backend, "torch_compile_mode": "default"}
     compare_with_plain_arguments(tmp_path, arguments, model=one_layer)

@@ -12,6 +12,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.grids import slow
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import assert_close
 
@@ -71,7 +72,7 @@ def test_resume_goes_on_with_more_steps_on_another_number_of_ranks(tmp_path: Pat
     AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-10")
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, *slow(1)])
 def test_merge_and_serve(world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from small import small_adapter, small_model

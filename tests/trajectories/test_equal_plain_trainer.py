@@ -70,12 +70,12 @@ LAYOUTS = {
 }
 # One architecture on all layouts; the others on one rank and where EP and FSDP2 cut the same experts, and, slow, where
 # EP alone does.
-ALL = [(name, layout) for name in TRAINED_MOE for layout in LAYOUTS]
-FAST = [
-    (name, layout) for name, layout in ALL if name == "qwen3_moe" or layout in ("1 rank", "4 ranks, ep 2, efsdp 2")
+OTHERS = [name for name in TRAINED_MOE if name != "qwen3_moe"]
+CASES = [
+    *(("qwen3_moe", layout) for layout in LAYOUTS),
+    *((name, layout) for name in OTHERS for layout in ("1 rank", "4 ranks, ep 2, efsdp 2")),
+    *slow(*((name, layout) for name in OTHERS for layout in ("2 ranks, ep 2", "4 ranks, ep 4"))),
 ]
-SLOW = [(name, layout) for name, layout in ALL if layout in ("2 ranks, ep 2", "4 ranks, ep 4")]
-CASES = [*FAST, *slow(*(case for case in SLOW if case not in FAST))]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
