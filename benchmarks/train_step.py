@@ -72,7 +72,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 OURS = "ours"
 GRAPHS = "reduce-overhead"  # the torch_compile_mode that replays CUDA graphs
 # Options that every process of a run shares.
-OWN = ("device", "layers", "warmup", "steps", "checkpointing", "expert_checkpointing", "liger", "compile")
+OWN = (
+    "device",
+    "layers",
+    "warmup",
+    "steps",
+    "checkpointing",
+    "expert_backend",
+    "expert_checkpointing",
+    "liger",
+    "compile",
+)
 CELLS = {
     "cuda": [
         {"model": "qwen3-30b-a3b", "training": "lora", "tokens": 4096, "length": 4096},
@@ -181,7 +191,9 @@ def run_arm(options: argparse.Namespace) -> None:
         if options.arm == OURS:
             from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig
 
-            config = MoEAccelConfig(expert_checkpointing=options.expert_checkpointing)
+            config = MoEAccelConfig(
+                expert_backend=options.expert_backend, expert_checkpointing=options.expert_checkpointing
+            )
             adapters = targets if lora else None
             trainer = AcceleratedMoETrainer(model=model, peft_config=adapters, moe_config=config, **given)
         else:
@@ -265,6 +277,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the model has")
     parser.add_argument("--checkpointing", choices=("on", "off"), default="on", help="of activations (default on)")
     parser.add_argument("--liger", choices=("on", "off"), default="off", help="norms, rope and loss by liger-kernel")
+    parser.add_argument("--expert-backend", default="auto", help="of ours (default auto)")
     parser.add_argument("--expert-checkpointing", default="activation", help="of ours (default activation)")
     parser.add_argument("--compile", choices=("off", "on", GRAPHS), default="off", help="torch_compile (default off)")
     parser.add_argument("--best", action="store_true", help="each arm as it is fastest on an H200 (see the table)")

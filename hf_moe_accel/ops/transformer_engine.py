@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
@@ -85,11 +84,11 @@ def why_not_device(device: torch.device) -> str | None:
 
 @cache
 def _why_not_installed() -> str | None:
-    if find_spec("transformer_engine") is None:
-        return "TransformerEngine is not installed (pip install --no-build-isolation 'hf_moe_accel[te]')"
     try:
         found = version("transformer_engine")
         _pytorch()
+    except PackageNotFoundError:
+        return "TransformerEngine is not installed (pip install --no-build-isolation 'hf_moe_accel[te]')"
     except Exception as error:
         # A half of it that is missing or was built for another torch raises whatever the loader does.
         return f"TransformerEngine cannot be imported: {type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,14 @@ def train(output_dir: Path, model: Any, mode: str, **more: Any) -> tuple[list[di
     return logs, LayerGraphs.of(base_of(trainer.model))
 
 
-@pytest.mark.parametrize("backend", ["fused", "grouped_mm"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "fused",
+        "grouped_mm",
+        pytest.param("quack", marks=pytest.mark.skipif(find_spec("quack") is None, reason="quack-kernels is missing")),
+    ],
+)
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapters"])
 def test_a_trainer_replays(backend: str, adapted: bool, tmp_path: Path) -> None:
     def model() -> Any:

@@ -1,8 +1,8 @@
-"""`quack.gemm_interface.gemm` without its kernels: a package `quack`, on any device.
+"""`quack.gemm_interface.gemm_tuned.fn` without its kernels: a package `quack`, on any device.
 
-Written from the Python of quack-kernels 0.6.5: the argument checks of `gemm` and of what it calls, its comments on
-shapes, and `gemm_ref`, which says what is computed. What is not for us (scales, biases, splits) is not there. fp32 is
-taken here and not there, since Triton's interpreter, which runs beside it, cuts digits off bf16.
+Written from the Python of quack-kernels 0.6.5: the argument checks of `gemm_tuned` and of what it calls, its comments
+on shapes, and `gemm_ref`, which says what is computed. What is not for us (scales, biases, splits) is not there. fp32
+is taken here and not there, since Triton's interpreter, which runs beside it, cuts digits off bf16.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,12 +25,13 @@ MULTIPLE = 8  # of what lies side by side in memory
 
 
 class Call(NamedTuple):
-    """A product: of rows or of weights, whether through an index, the memory of its second operand and output."""
+    """A product: of rows or of weights, whether through an index, where its second operand and output are, its tiles."""
 
     of_rows: bool
     through: bool
     second: int
     out: int
+    tiles: Any
 
 
 @contextmanager
@@ -39,27 +41,29 @@ def installed(found: str = VERSION) -> Iterator[list[Call]]:
     Gives the calls, in their order.
     """
     calls: list[Call] = []
-    modules = empty_modules("quack", "quack.gemm_interface")
+    modules = empty_modules("quack", "quack.gemm_config", "quack.gemm_interface")
+    modules["quack.gemm_config"].GemmConfig = SimpleNamespace
 
-    def recorded(A: Tensor, B: Tensor, **options: Any) -> Tensor:
-        out: Tensor = options["out"]
+    def recorded(A: Tensor, B: Tensor, out: Tensor, **options: Any) -> None:
         calls.append(
             Call(
                 options.get("cu_seqlens_m") is not None,
                 options.get("A_idx") is not None,
                 B.data_ptr(),
                 out.data_ptr(),
+                options["config"],
             )
         )
-        return gemm(A, B, **options)
+        gemm(A, B, out, **options)
 
-    modules["quack.gemm_interface"].gemm = recorded
+    modules["quack.gemm_interface"].gemm_tuned = SimpleNamespace(fn=recorded)
     forget()
     try:
         with (
             mock.patch.dict(sys.modules, modules),
             mock.patch.object(library, "version", lambda name: found),
             mock.patch.object(library, "why_not_device", lambda device: None),
+            mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
             mock.patch.object(library, "_DTYPES", (*library._DTYPES, torch.float32)),
         ):
             yield calls
@@ -69,22 +73,21 @@ def installed(found: str = VERSION) -> Iterator[list[Call]]:
 
 def forget() -> None:
     """What the library remembers of the package."""
-    for remembered in (library._gemm, library._why_not_installed):
+    for remembered in (library._gemm, library._tiles, library._why_not_installed):
         remembered.cache_clear()
 
 
 def gemm(
     A: Tensor,
     B: Tensor,
-    *,
     out: Tensor,
+    *,
     cu_seqlens_m: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     A_idx: Tensor | None = None,
-    tuned: bool = True,
-) -> Tensor:
+    config: Any = None,
+) -> None:
     """`out[rows of e] = A[rows of e] @ B[e]` with `cu_seqlens_m`, `out[e] = A[:, rows of e] @ B[rows of e]` else."""
-    assert not tuned, "tuning compiles a kernel for each of dozens of choices"
     starts = cu_seqlens_k if cu_seqlens_m is None else cu_seqlens_m
     assert starts is not None and (cu_seqlens_m is None or cu_seqlens_k is None)
     for index in (starts, A_idx):
@@ -107,4 +110,3 @@ def gemm(
         assert starts[-1] == columns.size(1) == B.size(0) and out.shape == (len(counts), A.size(0), B.size(1))
         for each, left, right in zip(out, columns.split(counts, 1), B.split(counts), strict=True):
             each.copy_(left @ right)
-    return out

@@ -22,8 +22,12 @@ TOLERANCES: dict[str, dict[torch.dtype, Tolerance]] = {
     # Rows that went to their experts and came back, weighted: the order of one short sum.
     "dispatch": {torch.float32: Tolerance(1e-6, 1e-6), torch.bfloat16: Tolerance(1.6e-2, 1e-2)},
     # An expert backend against the eager one, forward and backward. In bf16 the bias gradients of either differ by
-    # 0.06 at values up to 9, since each adds its rows up in bf16.
-    "backend": {torch.float32: Tolerance(1e-5, 1e-5), torch.bfloat16: Tolerance(1.6e-2, 5e-2)},
+    # 0.06 at values up to 9, since each adds its rows up in bf16. fp16 keeps 11 bits.
+    "backend": {
+        torch.float32: Tolerance(1e-5, 1e-5),
+        torch.bfloat16: Tolerance(1.6e-2, 5e-2),
+        torch.float16: Tolerance(2e-3, 6e-3),
+    },
     # Losses, gradient norms and weights of a run against those of another way to run it.
     "training": {torch.float32: Tolerance(1e-5, 1e-5), torch.bfloat16: Tolerance(1e-2, 1e-2)},
 }

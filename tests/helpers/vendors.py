@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 from unittest import mock
 
@@ -24,7 +25,7 @@ def why_not_without_it(library: Any, double: Any) -> str:
     try:
         with (
             mock.patch.object(library, "why_not_device", lambda device: None),
-            mock.patch.object(library, "find_spec", lambda name: None),
+            mock.patch.object(library, "version", side_effect=PackageNotFoundError),
         ):
             return str(library.why_not(torch.bfloat16, torch.device("cpu")))
     finally:

@@ -96,6 +96,21 @@ def test_products(counts: list[int]) -> None:
     check_products(counts, "cpu", torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("through", "rows", "tiles"),
+    [(False, 512, None), (False, 511, (256, 1)), (True, 512, (256, 2)), (True, 511, (256, 1))],
+)
+def test_tiles(through: bool, rows: int, tiles: tuple[int, int] | None, calls: list[double.Call]) -> None:
+    """Of two experts' rows; a weight's gradient is cut without a look at their number."""
+    x, weight = torch.randn(rows, 16), torch.randn(2, 16, 24)
+    starts = torch.tensor([0, 3, rows], dtype=torch.int32)
+    taken = library.Through(x, torch.arange(rows, dtype=torch.int32)) if through else x
+    library.grouped_linear(taken, weight, starts)
+    library.grouped_outer(taken, torch.randn(rows, 24), starts)
+    found = [call.tiles and (call.tiles.tile_n, call.tiles.cluster_m) for call in calls]
+    assert found == [tiles, (256, 2) if through else None]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The backend
 
@@ -141,6 +156,10 @@ def test_the_token_path_takes_it() -> None:
     lora_contract.check_token_path(NAME, "gated")
 
 
+def test_auto_takes_it_where_it_serves() -> None:
+    assert next(iter(EXPERT_BACKENDS)) == NAME
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Why not
 
@@ -149,9 +168,9 @@ def test_the_token_path_takes_it() -> None:
     ("version", "dtype", "reason"),
     [
         ("0.6.5", torch.bfloat16, None),
-        ("0.7", torch.float16, None),
-        ("0.7rc1", torch.bfloat16, None),
-        ("0.6.4", torch.bfloat16, "quack-kernels 0.6.5 or later is needed, and 0.6.4 is installed"),
+        ("0.6.6rc1", torch.float16, None),
+        ("0.7", torch.bfloat16, "quack-kernels from 0.6.5 and below 0.7 is needed, and 0.7 is installed"),
+        ("0.6.4", torch.bfloat16, "quack-kernels from 0.6.5 and below 0.7 is needed, and 0.6.4 is installed"),
         ("0.6.5", torch.float64, "in bf16 and fp16, and these are float64: load the model in bf16"),
     ],
 )
