@@ -25,7 +25,7 @@ MULTIPLE = 8  # of what lies side by side in memory
 
 
 class Call(NamedTuple):
-    """A product: of rows or of weights, whether through an index, where its second operand and output are, its tiles."""
+    """A product: of rows or of weights, whether through an index, where its second operand and output lie, tiles."""
 
     of_rows: bool
     through: bool
