@@ -86,9 +86,10 @@ def why_not_device(device: torch.device) -> str | None:
 def _why_not_installed() -> str | None:
     try:
         found = version("transformer_engine")
-        _pytorch()
     except PackageNotFoundError:
         return "TransformerEngine is not installed (pip install --no-build-isolation 'hf_moe_accel[te]')"
+    try:
+        _pytorch()
     except Exception as error:
         # A half of it that is missing or was built for another torch raises whatever the loader does.
         return f"TransformerEngine cannot be imported: {type(error).__name__}: {error}"
