@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from harness import PeakHostMemory, PeakMemory, alternate, machine, medians, show_profile, write
+from harness import PeakHostMemory, PeakMemory, alternate, machine, medians, profiler, show_profile, write
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
@@ -223,15 +223,12 @@ def profile(step: Callable[[], None], device: str) -> None:
     steps = 5
     for _ in range(WARM_UP):
         step()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with profiler() as profiled:
         for _ in range(steps):
             step()
         if device == "cuda":
             torch.cuda.synchronize()
-    show_profile(profiler, steps)
+    show_profile(profiled, steps)
 
 
 def arms_of(cell: dict[str, Any], fp8: bool) -> list[str]:

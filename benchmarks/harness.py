@@ -79,21 +79,48 @@ def write(path: str, content: dict[str, Any]) -> None:
     print(f"written: {path}")
 
 
-def show_profile(profiler: torch.profiler.profile, steps: int) -> None:
-    """Print the kernels (on CPU: the operations) that take most of a step."""
-    events = profiler.key_averages()
-    # Kernels only: an operation's own time is that of its kernels once more.
-    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    if not kernels:
-        print(events.table(sort_by="self_cpu_time_total", row_limit=30))
+def profiler() -> torch.profiler.profile:
+    """Of a GPU's kernels alone, since what notes the host's operations as well slows it down; else of operations."""
+    activity = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU])
+
+
+def show_profile(profiled: torch.profiler.profile, steps: int) -> None:
+    """Print the kernels (on CPU: the operations) that take most of a step, and what the device waited for."""
+    if not torch.cuda.is_available():
+        print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
         return
-    total = sum(e.self_device_time_total for e in kernels)
-    print(f"{total / 1e3 / steps:.3f} ms a step in kernels")
+    device = torch.autograd.DeviceType.CUDA
+    # Ranges that somebody named stand beside the kernels in them.
+    found = [event for event in profiled.events() if event.device_type == device and not event.is_user_annotation]
+    show_kernels([(event.name, event.time_range.start, event.time_range.end) for event in found], steps)
+
+
+def show_kernels(kernels: Sequence[tuple[str, float, float]], steps: int) -> None:
+    """Print the kernels that take most of a step, and the longest times between two in which the device did nothing.
+
+    Args:
+        kernels: (name, start, end), in microseconds.
+        steps: in how many steps.
+    """
+    times: dict[str, list[float]] = {}
+    gaps: list[tuple[float, str, str]] = []
+    before, until = "", min(start for _, start, _ in kernels)
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        times.setdefault(name, []).append(end - start)
+        if start > until:
+            gaps.append((start - until, before, name))
+        if end > until:
+            before, until = name, end
+    total = sum(map(sum, times.values()))
+    print(f"{total / 1e3 / steps:.3f} ms a step in kernels, {sum(gap for gap, *_ in gaps) / 1e3 / steps:.3f} in none")
     print("  ms a step      %   calls a step  kernel")
-    for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]:
-        ms = e.self_device_time_total / 1e3 / steps
-        share = 100 * e.self_device_time_total / total
-        print(f"{ms:>11.3f} {share:>6.1f} {e.count / steps:>14.1f}  {e.key[:110]}")
+    for name, each in sorted(times.items(), key=lambda item: -sum(item[1]))[:30]:
+        ms = sum(each) / 1e3 / steps
+        print(f"{ms:>11.3f} {1e5 * ms * steps / total:>6.1f} {len(each) / steps:>14.1f}  {name[:110]}")
+    print("  ms, longest   between these kernels")
+    for gap, left, right in sorted(gaps, reverse=True)[:12]:
+        print(f"{gap / 1e3:>13.3f}   {left[:50]} | {right[:50]}")
 
 
 class PeakMemory:

@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 import torch
-from harness import PeakMemory, alternate, machine, medians, show_profile, write
+from harness import PeakMemory, alternate, machine, medians, profiler, show_profile, write
 from peft import LoraConfig, get_peft_model
 from tables import best_stock, of_stock
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -78,6 +78,7 @@ OWN = (
     "warmup",
     "steps",
     "checkpointing",
+    "accumulation",
     "expert_backend",
     "expert_checkpointing",
     "liger",
@@ -113,7 +114,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.warmup = warmup
         self.ends: list[float] = []
         self.memory = PeakMemory()
-        self.profiler = torch.profiler.profile() if profiled else None
+        self.profiler = profiler() if profiled else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock after the first steps, and stop it after the last one."""
@@ -156,13 +157,15 @@ def run_arm(options: argparse.Namespace) -> None:
         )
     generator = torch.Generator().manual_seed(0)
     steps, batch = options.warmup + options.steps, options.tokens // options.length
-    rows = torch.randint(0, sizes["vocab_size"], (steps * batch, options.length), generator=generator)
+    number = steps * options.accumulation * batch
+    rows = torch.randint(0, sizes["vocab_size"], (number, options.length), generator=generator)
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
             output_dir=directory,
             use_cpu=cpu,
             bf16=True,
             max_steps=steps,
+            gradient_accumulation_steps=options.accumulation,
             per_device_train_batch_size=batch,
             learning_rate=1e-5,
             optim="adamw_torch_fused",
@@ -201,7 +204,8 @@ def run_arm(options: argparse.Namespace) -> None:
         trainer.add_callback(clock)
         trainer.train()
     seconds = clock.seconds()
-    found = {"tokens_per_s": options.tokens / seconds, "ms": 1e3 * seconds, "peak_mib": clock.memory.mib()}
+    tokens = options.accumulation * options.tokens
+    found = {"tokens_per_s": tokens / seconds, "ms": 1e3 * seconds, "peak_mib": clock.memory.mib()}
     if options.profile:
         print(found)
     else:
@@ -277,6 +281,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the model has")
     parser.add_argument("--checkpointing", choices=("on", "off"), default="on", help="of activations (default on)")
     parser.add_argument("--liger", choices=("on", "off"), default="off", help="norms, rope and loss by liger-kernel")
+    parser.add_argument("--accumulation", type=int, default=1, help="passes of so many tokens in a step (default 1)")
     parser.add_argument("--expert-backend", default="auto", help="of ours (default auto)")
     parser.add_argument("--expert-checkpointing", default="activation", help="of ours (default activation)")
     parser.add_argument("--compile", choices=("off", "on", GRAPHS), default="off", help="torch_compile (default off)")
@@ -288,7 +293,7 @@ def main() -> None:
     cell = parser.add_argument_group("of all cells, only those with")
     cell.add_argument("--model", choices=MODELS)
     cell.add_argument("--training", choices=("lora", "full"))
-    cell.add_argument("--tokens", type=int, help="of a step")
+    cell.add_argument("--tokens", type=int, help="of a pass")
     options = parser.parse_args()
     if options.best and options.device == "cpu":
         raise SystemExit("--best says what is fastest on an H200: leave it out on a CPU")
