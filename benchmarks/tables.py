@@ -36,6 +36,8 @@ def settings_of(arm: str, cell: dict[str, Any], found: dict[str, Any]) -> str:
     """What was switched on in an arm, beside what is the same in all files."""
     own = {**found, **cell.get("best", {}).get(arm, {})}
     said = ["checkpointing"] if own["checkpointing"] == "on" else []
+    if own.get("accumulation", 1) > 1:
+        said.append(f"{own['accumulation']} passes a step")
     said += {"on": ["compiled"], "reduce-overhead": ["CUDA graphs"]}.get(own.get("compile", "off"), [])
     if own.get("expert_checkpointing", "activation") != "activation" and arm == "ours":
         said.append(f"experts' {own['expert_checkpointing']}")
@@ -51,7 +53,7 @@ def train_step(found: dict[str, Any]) -> Iterator[Row]:
             row = {
                 "model": what["model"],
                 "trains": "all" if what["training"] == "full" else "LoRA",
-                "tokens a step": f"{what['tokens']:,}",
+                "tokens a pass": f"{what['tokens']:,}",
                 "arm": arm,
                 "with": settings_of(arm, cell, found),
             }
