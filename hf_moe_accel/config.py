@@ -45,14 +45,14 @@ class MoEAccelConfig:
     expert_backend: str = field(
         default="auto",
         metadata={
-            "help": "How the experts compute: 'auto' (the first of these that can), 'quack' (CUDA of compute "
-            "capability 9 and 10, bf16: as 'fused', with quack-kernels' grouped products, which read rows through an "
-            "index; pip install 'hf_moe_accel[quack]'), 'fused' (CUDA: torch's grouped matrix product between Triton "
+            "help": "How the experts compute: 'auto', 'fused' (CUDA: torch's grouped matrix product between Triton "
             "kernels), 'padded_bmm' (CPU: batched products of padded blocks), 'grouped_mm' (torch's grouped matrix "
             "product alone), 'eager' (a loop over the experts: the slow reference). Never chosen by 'auto': "
             "'transformer_engine' (CUDA, bf16: as 'fused', with TransformerEngine's grouped product), and with its "
             "products in FP8 'transformer_engine_fp8' (a scale for each matrix) and 'transformer_engine_fp8_block' (a "
-            "scale for each block of 128)."
+            "scale for each block of 128), 'quack' (CUDA of compute capability 9 and 10, bf16: as 'fused', with "
+            "quack-kernels' grouped products, which read rows through an index: the fastest where all batches have as "
+            "many tokens; pip install 'hf_moe_accel[quack]')."
         },
     )
     collective_timeout: float = field(

@@ -77,8 +77,7 @@ def grouped_linear(x_RK: Tensor | Through, weight_eKM: Tensor, starts_E: Tensor)
     out_RM = source.new_empty(num_rows, weight_eKM.size(2))
     if num_rows:
         short = num_rows < _CLUSTER_ROWS * weight_eKM.size(0)
-        tiles = _tiles(source.device, through=index is not None, short=short)
-        _gemm()(source, weight_eKM, out_RM, cu_seqlens_m=starts_E, A_idx=index, config=tiles)
+        _product(source, weight_eKM, out_RM, starts_E, index, of_rows=True, short=short)
     return out_RM
 
 
@@ -104,20 +103,42 @@ def grouped_outer(
     if b_RK.size(0) == 0:
         return source.new_zeros(sizes[0], *(reversed(sizes[1:]) if transposed else sizes[1:]))
     out_eMK = source.new_empty(sizes[0], sizes[2], sizes[1]).mT if transposed else source.new_empty(sizes)
-    tiles = _tiles(source.device, through=index is not None, short=False)
-    _gemm()(source.t(), b_RK, out_eMK, cu_seqlens_k=starts_E, A_idx=index, config=tiles)
+    _product(source.t(), b_RK, out_eMK, starts_E, index, of_rows=False, short=False)
     return out_eMK.mT if transposed else out_eMK
 
 
+def _product(
+    a: Tensor, b: Tensor, out: Tensor, starts_E: Tensor, index: Tensor | None, *, of_rows: bool, short: bool
+) -> None:
+    """`out = a @ b` by expert, whose rows are the rows of `a` or what is summed over."""
+    first, again = _gemm()
+    where = {"cu_seqlens_m" if of_rows else "cu_seqlens_k": starts_E, "A_idx": index}
+    # All that a launch depends on. By itself quack-kernels keeps one for each number of rows, for ever: where that is
+    # another one in each pass, they would fill the host's memory.
+    kind = (a.device, a.dtype, of_rows, index is None, short, b.stride(-1) == 1, out.stride(-1) == 1)
+    plan = _plans().get(kind)
+    if plan is None:
+        tiles = _tiles(a.device, through=index is not None, short=short)
+        *_, _plans()[kind] = first(a, b, out, config=tiles, **where)
+    else:
+        again(plan, a, b.mT, out, None, **where)
+
+
 @cache
-def _gemm() -> Any:
+def _plans() -> dict[tuple[Any, ...], Any]:
+    return {}
+
+
+@cache
+def _gemm() -> tuple[Any, Any]:
+    """What multiplies and returns how it did so, and what does the same again with other tensors of that kind."""
+    from quack.gemm import run_gemm_plan  # type: ignore[import-not-found]
     from quack.gemm_interface import gemm_tuned  # type: ignore[import-not-found]
 
-    # What its `gemm(..., tuned=False)` calls as well, which takes no choice of tiles.
-    return gemm_tuned.fn
+    # Both are what its `gemm(..., tuned=False)` consists of, which takes no choice of tiles.
+    return gemm_tuned.fn, run_gemm_plan
 
 
-@cache
 def _tiles(device: torch.device, *, through: bool, short: bool) -> Any:
     """How a product is cut; None for quack-kernels' own choice.
 

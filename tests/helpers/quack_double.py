@@ -1,7 +1,7 @@
-"""`quack.gemm_interface.gemm_tuned.fn` without its kernels: a package `quack`, on any device.
+"""quack-kernels' `gemm_tuned.fn` and `run_gemm_plan` without its kernels: a package `quack`, on any device.
 
-Written from the Python of quack-kernels 0.6.5: the argument checks of `gemm_tuned` and of what it calls, its comments
-on shapes, and `gemm_ref`, which says what is computed. What is not for us (scales, biases, splits) is not there. fp32
+Written from the Python of quack-kernels 0.6.5: the argument checks of both and of what they call, its comments on
+shapes, and `gemm_ref`, which says what is computed. What is not for us (scales, biases, splits) is not there. fp32
 is taken here and not there, since Triton's interpreter, which runs beside it, cuts digits off bf16.
 """
 
@@ -25,12 +25,22 @@ MULTIPLE = 8  # of what lies side by side in memory
 
 
 class Call(NamedTuple):
-    """A product: of rows or of weights, whether through an index, where its second operand and output lie, tiles."""
+    """A product: of rows or of weights, whether through an index, where second operand and output lie, its plan."""
 
     of_rows: bool
     through: bool
     second: int
     out: int
+    plan: Plan
+
+
+class Plan(NamedTuple):
+    """What quack-kernels compiles for, and takes for granted when it multiplies once more."""
+
+    of_rows: bool
+    through: bool
+    dtype: torch.dtype
+    side_by_side: tuple[bool, bool, bool]  # whether the last dimension of each operand and of the output is
     tiles: Any
 
 
@@ -41,22 +51,24 @@ def installed(found: str = VERSION) -> Iterator[list[Call]]:
     Gives the calls, in their order.
     """
     calls: list[Call] = []
-    modules = empty_modules("quack", "quack.gemm_config", "quack.gemm_interface")
+    modules = empty_modules("quack", "quack.gemm", "quack.gemm_config", "quack.gemm_interface")
     modules["quack.gemm_config"].GemmConfig = SimpleNamespace
 
-    def recorded(A: Tensor, B: Tensor, out: Tensor, **options: Any) -> None:
-        calls.append(
-            Call(
-                options.get("cu_seqlens_m") is not None,
-                options.get("A_idx") is not None,
-                B.data_ptr(),
-                out.data_ptr(),
-                options["config"],
-            )
-        )
-        gemm(A, B, out, **options)
+    def multiply(plan: Plan, A: Tensor, B: Tensor, out: Tensor, where: dict[str, Any]) -> None:
+        calls.append(Call(plan.of_rows, plan.through, B.data_ptr(), out.data_ptr(), plan))
+        gemm(A, B, out, **where)
 
-    modules["quack.gemm_interface"].gemm_tuned = SimpleNamespace(fn=recorded)
+    def gemm_tuned(A: Tensor, B: Tensor, out: Tensor, config: Any = None, **where: Any) -> tuple[Any, int, bool, Plan]:
+        plan = plan_of(A, B, out, config, where)
+        multiply(plan, A, B, out, where)
+        return config, 1, False, plan
+
+    def run_gemm_plan(plan: Plan, A: Tensor, B: Tensor, D: Tensor, C: None, **where: Any) -> None:
+        assert plan == plan_of(A, B.mT, D, plan.tiles, where), "made for another kind of operands"
+        multiply(plan, A, B.mT, D, where)
+
+    modules["quack.gemm_interface"].gemm_tuned = SimpleNamespace(fn=gemm_tuned)
+    modules["quack.gemm"].run_gemm_plan = run_gemm_plan
     forget()
     try:
         with (
@@ -73,8 +85,14 @@ def installed(found: str = VERSION) -> Iterator[list[Call]]:
 
 def forget() -> None:
     """What the library remembers of the package."""
-    for remembered in (library._gemm, library._tiles, library._why_not_installed):
+    for remembered in (library._gemm, library._plans, library._why_not_installed):
         remembered.cache_clear()
+
+
+def plan_of(A: Tensor, B: Tensor, out: Tensor, tiles: Any, where: dict[str, Any]) -> Plan:
+    """Of a product with these arguments."""
+    side_by_side = (A.stride(-1) == 1, B.stride(-1) == 1, out.stride(-1) == 1)
+    return Plan("cu_seqlens_m" in where, where.get("A_idx") is not None, A.dtype, side_by_side, tiles)
 
 
 def gemm(
@@ -85,7 +103,6 @@ def gemm(
     cu_seqlens_m: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     A_idx: Tensor | None = None,
-    config: Any = None,
 ) -> None:
     """`out[rows of e] = A[rows of e] @ B[e]` with `cu_seqlens_m`, `out[e] = A[:, rows of e] @ B[rows of e]` else."""
     starts = cu_seqlens_k if cu_seqlens_m is None else cu_seqlens_m

@@ -107,8 +107,26 @@ def test_tiles(through: bool, rows: int, tiles: tuple[int, int] | None, calls: l
     taken = library.Through(x, torch.arange(rows, dtype=torch.int32)) if through else x
     library.grouped_linear(taken, weight, starts)
     library.grouped_outer(taken, torch.randn(rows, 24), starts)
-    found = [call.tiles and (call.tiles.tile_n, call.tiles.cluster_m) for call in calls]
+    found = [call.plan.tiles and (call.plan.tiles.tile_n, call.plan.tiles.cluster_m) for call in calls]
     assert found == [tiles, (256, 2) if through else None]
+
+
+def test_how_it_is_launched_is_kept_by_kind_of_operands(calls: list[double.Call]) -> None:
+    """Whatever the number of rows; the double refuses what was kept of another kind."""
+    for rows in (512, 600, 3, 700, 5):
+        source, index, starts = (
+            torch.randn(rows, 16),
+            torch.arange(rows, dtype=torch.int32),
+            torch.tensor([0, 2, rows]),
+        )
+        for weight in (torch.randn(2, 16, 24), torch.randn(2, 24, 16).mT):
+            for x in (source, library.Through(source, index)):
+                library.grouped_linear(x, weight, starts.int())
+        for transposed in (False, True):
+            library.grouped_outer(source, torch.randn(rows, 24), starts.int(), transposed=transposed)
+    # Of rows: two layouts of weights, through an index or not, few rows or many. Of weights: two layouts.
+    assert len({id(call.plan) for call in calls}) == 2 * 2 * 2 + 2
+    assert len(calls) == 5 * 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,10 +172,6 @@ def test_nothing_is_gathered_or_copied(
 @pytest.mark.usefixtures("calls")
 def test_the_token_path_takes_it() -> None:
     lora_contract.check_token_path(NAME, "gated")
-
-
-def test_auto_takes_it_where_it_serves() -> None:
-    assert next(iter(EXPERT_BACKENDS)) == NAME
 
 
 # ---------------------------------------------------------------------------------------------------------------------
