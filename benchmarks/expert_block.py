@@ -223,7 +223,7 @@ def profile(step: Callable[[], None], device: str) -> None:
     steps = 5
     for _ in range(WARM_UP):
         step()
-    with profiler() as profiled:
+    with profiler(device) as profiled:
         for _ in range(steps):
             step()
         if device == "cuda":

@@ -79,20 +79,20 @@ def write(path: str, content: dict[str, Any]) -> None:
     print(f"written: {path}")
 
 
-def profiler() -> torch.profiler.profile:
+def profiler(device: str) -> torch.profiler.profile:
     """Of a GPU's kernels alone, since what notes the host's operations as well slows it down; else of operations."""
     activity = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU])
+    return torch.profiler.profile(activities=[activity.CUDA if device == "cuda" else activity.CPU])
 
 
 def show_profile(profiled: torch.profiler.profile, steps: int) -> None:
     """Print the kernels (on CPU: the operations) that take most of a step, and what the device waited for."""
-    if not torch.cuda.is_available():
-        print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
-        return
     device = torch.autograd.DeviceType.CUDA
     # Ranges that somebody named stand beside the kernels in them.
     found = [event for event in profiled.events() if event.device_type == device and not event.is_user_annotation]
+    if not found:
+        print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
+        return
     show_kernels([(event.name, event.time_range.start, event.time_range.end) for event in found], steps)
 
 

@@ -99,14 +99,12 @@ CELLS = {
 # How each arm was fastest on an H200. Stock runs out of its memory with Qwen3-30B-A3B unless it checkpoints, and
 # compiled it took longer; 16,384 tokens leave room for all activations of ours but those of the experts.
 STOCK_BEST = {"qwen3-30b-a3b": {"checkpointing": "on"}, "olmoe-1b-7b": {"checkpointing": "off"}}
+BEST_OF_ALL = {"checkpointing": "off", "expert_backend": "auto" if find_spec("quack") is None else "quack"}
 OURS_BEST = {
-    ("qwen3-30b-a3b", 4096): {"checkpointing": "off", "compile": GRAPHS},
-    ("qwen3-30b-a3b", 16384): {"checkpointing": "off", "compile": GRAPHS, "expert_checkpointing": "full"},
-    ("olmoe-1b-7b", 16384): {"checkpointing": "off", "compile": "on"},
+    ("qwen3-30b-a3b", 4096): {**BEST_OF_ALL, "compile": GRAPHS},
+    ("qwen3-30b-a3b", 16384): {**BEST_OF_ALL, "compile": GRAPHS, "expert_checkpointing": "full"},
+    ("olmoe-1b-7b", 16384): {**BEST_OF_ALL, "compile": "on"},
 }
-if find_spec("quack") is not None:
-    for best in OURS_BEST.values():
-        best["expert_backend"] = "quack"
 # Eager is a loop over experts: on GPUs far behind (expert_block.py), on CPU the faster one in bf16.
 STOCK = {"cuda": ("stock grouped_mm",), "cpu": ("stock grouped_mm", "stock eager")}
 
@@ -114,11 +112,11 @@ STOCK = {"cuda": ("stock grouped_mm",), "cpu": ("stock grouped_mm", "stock eager
 class Clock(TrainerCallback):  # type: ignore[misc]
     """The seconds of the steps after the first ones, and the peak of memory of all."""
 
-    def __init__(self, warmup: int, profiled: bool) -> None:
+    def __init__(self, warmup: int, profiled_on: str | None) -> None:
         self.warmup = warmup
         self.ends: list[float] = []
         self.memory = PeakMemory()
-        self.profiler = profiler() if profiled else None
+        self.profiler = profiler(profiled_on) if profiled_on else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock after the first steps, and stop it after the last one."""
@@ -153,7 +151,7 @@ def run_arm(options: argparse.Namespace) -> None:
     config = AutoConfig.for_model(
         kind, **sizes, max_position_embeddings=options.length, use_cache=False, router_aux_loss_coef=0.0
     )
-    clock = Clock(options.warmup, options.profile)
+    clock = Clock(options.warmup, options.device if options.profile else None)
     torch.manual_seed(0)
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(

@@ -112,13 +112,14 @@ def _product(
 ) -> None:
     """`out = a @ b` by expert, whose rows are the rows of `a` or what is summed over."""
     first, again = _gemm()
+    through = index is not None
     where = {"cu_seqlens_m" if of_rows else "cu_seqlens_k": starts_E, "A_idx": index}
     # All that a launch depends on. By itself quack-kernels keeps one for each number of rows, for ever: where that is
     # another one in each pass, they would fill the host's memory.
-    kind = (a.device, a.dtype, of_rows, index is None, short, b.stride(-1) == 1, out.stride(-1) == 1)
+    kind = (a.device, a.dtype, of_rows, through, short, b.stride(-1) == 1, out.stride(-1) == 1)
     plan = _plans().get(kind)
     if plan is None:
-        tiles = _tiles(a.device, through=index is not None, short=short)
+        tiles = _tiles(a.device, through=through, short=short)
         *_, _plans()[kind] = first(a, b, out, config=tiles, **where)
     else:
         again(plan, a, b.mT, out, None, **where)

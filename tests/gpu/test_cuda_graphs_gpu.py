@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hf_moe_accel.hf.discover import base_of
 from tests.helpers.adapters import Adapted
 from tests.helpers.graph_cases import CASES, run
 from tests.helpers.models import tiny_model
+from tests.helpers.vendors import needs_quack
 
 pytestmark = pytest.mark.gpu
 
@@ -55,14 +55,7 @@ def train(output_dir: Path, model: Any, mode: str, **more: Any) -> tuple[list[di
     return logs, LayerGraphs.of(base_of(trainer.model))
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "fused",
-        "grouped_mm",
-        pytest.param("quack", marks=pytest.mark.skipif(find_spec("quack") is None, reason="quack-kernels is missing")),
-    ],
-)
+@pytest.mark.parametrize("backend", ["fused", "grouped_mm", pytest.param("quack", marks=needs_quack)])
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapters"])
 def test_a_trainer_replays(backend: str, adapted: bool, tmp_path: Path) -> None:
     def model() -> Any:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 
 from tests.gpu.test_backends_gpu import host_syncs
 from tests.helpers.grids import KINDS, Case, needed_grads
+from tests.helpers.vendors import needs_quack
 from tests.unit import test_expert_backends as backend_contract
 from tests.unit import test_expert_lora as lora_contract
 from tests.unit import test_quack as contract
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(find_spec("quack") is None, reason="quack-kernels is not installed"),
-]
+pytestmark = [pytest.mark.gpu, needs_quack]
 
 NAME = contract.NAME
 

@@ -25,17 +25,18 @@ MULTIPLE = 8  # of what lies side by side in memory
 
 
 class Call(NamedTuple):
-    """A product: of rows or of weights, whether through an index, where second operand and output lie, its plan."""
+    """A product: where its second operand and output lie, and its plan."""
 
-    of_rows: bool
-    through: bool
     second: int
     out: int
     plan: Plan
 
 
 class Plan(NamedTuple):
-    """What quack-kernels compiles for, and takes for granted when it multiplies once more."""
+    """What quack-kernels compiles for, and takes for granted when it multiplies once more.
+
+    Of rows or of weights, whether through an index, and what is cut how.
+    """
 
     of_rows: bool
     through: bool
@@ -55,7 +56,7 @@ def installed(found: str = VERSION) -> Iterator[list[Call]]:
     modules["quack.gemm_config"].GemmConfig = SimpleNamespace
 
     def multiply(plan: Plan, A: Tensor, B: Tensor, out: Tensor, where: dict[str, Any]) -> None:
-        calls.append(Call(plan.of_rows, plan.through, B.data_ptr(), out.data_ptr(), plan))
+        calls.append(Call(B.data_ptr(), out.data_ptr(), plan))
         gemm(A, B, out, **where)
 
     def gemm_tuned(A: Tensor, B: Tensor, out: Tensor, config: Any = None, **where: Any) -> tuple[Any, int, bool, Plan]:

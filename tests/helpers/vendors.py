@@ -5,10 +5,14 @@ from __future__ import annotations
 import types
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+
+needs_quack = pytest.mark.skipif(find_spec("quack") is None, reason="quack-kernels is not installed")
 
 
 def empty_modules(*names: str) -> dict[str, Any]:

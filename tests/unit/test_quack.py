@@ -160,9 +160,10 @@ def test_nothing_is_gathered_or_copied(
     found = backend_contract.results(backend, spec, weights, rows, case)
     up, down = weights.up.data_ptr(), weights.down.data_ptr()
     of_rows, of_weights = calls[:4], calls[4:]
-    assert [(call.second, call.through) for call in of_rows] == [(up, True), (down, False), (down, True), (up, False)]
-    assert all(call.of_rows for call in of_rows) and not any(call.of_rows for call in of_weights)
-    assert [(call.out, call.through) for call in of_weights] == [
+    operands = [(call.second, call.plan.through) for call in of_rows]
+    assert operands == [(up, True), (down, False), (down, True), (up, False)]
+    assert all(call.plan.of_rows for call in of_rows) and not any(call.plan.of_rows for call in of_weights)
+    assert [(call.out, call.plan.through) for call in of_weights] == [
         (found["up"].data_ptr(), True),
         (found["down"].data_ptr(), True),
     ]
