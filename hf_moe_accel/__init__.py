@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_moe_accel.config import MoEAccelConfig
     from hf_moe_accel.hf.export import export_checkpoint
     from hf_moe_accel.hf.peft_bridge import PeftModel, export_adapter, get_peft_model
-    from hf_moe_accel.optim import clip_grad_norm_, parameter_groups
+    from hf_moe_accel.optim import AdamW, clip_grad_norm_, parameter_groups
     from hf_moe_accel.prepare import prepare_moe_model
     from hf_moe_accel.trainers.hf import AcceleratedMoETrainer
     from hf_moe_accel.trainers.mixin import AcceleratedMoEMixin
@@ -40,6 +40,7 @@ _MODULE_OF = {
     "AcceleratedMoERewardTrainer": "trainers.trl",
     "AcceleratedMoESFTTrainer": "trainers.trl",
     "AcceleratedMoETrainer": "trainers.hf",
+    "AdamW": "optim",
     "AutoModelForCausalLM": "auto",
     "MoEAccelCallback": "callbacks.plugin",
     "MoEAccelConfig": "config",
@@ -63,6 +64,7 @@ __all__ = [
     "AcceleratedMoERewardTrainer",
     "AcceleratedMoESFTTrainer",
     "AcceleratedMoETrainer",
+    "AdamW",
     "AutoModelForCausalLM",
     "MoEAccelCallback",
     "MoEAccelConfig",

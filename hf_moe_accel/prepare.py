@@ -382,7 +382,7 @@ def _choose_backend(found: Sequence[FoundExperts], wanted: str) -> tuple[str, li
         return wanted, []
     notes: list[str] = []
     for name in _for_this_device(EXPERT_BACKENDS):
-        reason = why_not(name)
+        reason = why_not(name) or EXPERT_BACKENDS.load(name).why_by_name(_device())
         if reason is None:
             return name, notes
         notes.append(f"{name}: {reason}")

@@ -4,6 +4,7 @@ from hf_moe_accel.experts.base import ExpertBackend
 from hf_moe_accel.registry import Registry
 
 EXPERT_BACKENDS: Registry[type[ExpertBackend]] = Registry("expert backend")
+EXPERT_BACKENDS.register("quack", "hf_moe_accel.experts.quack:QuackBackend")
 EXPERT_BACKENDS.register("fused", "hf_moe_accel.experts.fused:FusedBackend")
 EXPERT_BACKENDS.register("padded_bmm", "hf_moe_accel.experts.padded_bmm:PaddedBMMBackend")
 EXPERT_BACKENDS.register("grouped_mm", "hf_moe_accel.experts.grouped_mm:GroupedMMBackend")
@@ -14,5 +15,3 @@ _TE = "hf_moe_accel.experts.transformer_engine"
 EXPERT_BACKENDS.register("transformer_engine", f"{_TE}:TransformerEngineBackend")
 EXPERT_BACKENDS.register("transformer_engine_fp8", f"{_TE}:FP8CurrentScalingBackend")
 EXPERT_BACKENDS.register("transformer_engine_fp8_block", f"{_TE}:FP8BlockScalingBackend")
-# On an H200 2 to 3 % less time a step than "fused" where all passes have as many rows; no others were measured yet.
-EXPERT_BACKENDS.register("quack", "hf_moe_accel.experts.quack:QuackBackend")

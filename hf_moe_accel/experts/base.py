@@ -181,6 +181,11 @@ class ExpertBackend(ABC):
     def why_not(spec: ExpertsSpec, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this backend cannot serve these experts here, as one sentence; None if it can."""
 
+    @staticmethod
+    def why_by_name(device: torch.device) -> str | None:
+        """Why "auto" does not take this backend on a device where it can serve, as one sentence; None if it does."""
+        return None
+
     @abstractmethod
     def forward(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched

@@ -10,6 +10,7 @@ from hf_moe_accel.experts.fused import FusedBackend, Groups
 from hf_moe_accel.ops.permutation import Dispatched
 from hf_moe_accel.ops.quack import Through, grouped_linear, grouped_outer, why_not
 
+_BY_NAME = "on other GPUs than Hopper it has not been tried yet; give expert_backend='quack' to do so"
 _MULTIPLE = 8  # of all sizes, which are read 16 bytes at a time
 
 
@@ -26,6 +27,11 @@ class QuackBackend(FusedBackend):
             if reason is None and size % _MULTIPLE:
                 reason = f"quack-kernels takes sizes that are multiples of {_MULTIPLE}, not {size}"
         return reason or FusedBackend.why_not(spec, dtype, device)
+
+    @staticmethod
+    def why_by_name(device: torch.device) -> str | None:
+        """Not where it has never run."""
+        return None if torch.cuda.get_device_capability(device)[0] == 9 else _BY_NAME
 
     def _arrange(self, rows: Dispatched) -> tuple[Dispatched, Groups]:
         rows, (ends_e,) = super()._arrange(rows)

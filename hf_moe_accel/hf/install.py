@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -153,7 +154,12 @@ def keep_liger_off_experts(args: Any) -> None:
 
     Args:
         args: `TrainingArguments`; its `liger_kernel_config` is set where `use_liger_kernel` is. Where a model has
-            dense MLPs beside its experts, Liger's kernels for those go with the experts' (`swiglu`).
+            dense MLPs beside its experts, Liger's kernels for those go with the experts' (`swiglu`). Where the model
+            is compiled, norms and rotary embeddings are left to the compiler unless the arguments name them: it cannot
+            trace Liger's, and joins its own with what stands around them.
     """
-    if args.use_liger_kernel:
-        args.liger_kernel_config = {**(args.liger_kernel_config or {}), "swiglu": False}
+    if not args.use_liger_kernel:
+        return
+    compiled = TorchDynamoPlugin(backend=args.torch_compile_backend).backend != DynamoBackend.NO
+    left = {"rms_norm": False, "rope": False} if compiled else {}
+    args.liger_kernel_config = {**left, **(args.liger_kernel_config or {}), "swiglu": False}

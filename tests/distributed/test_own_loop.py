@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM as PlainAutoModel
 
-from hf_moe_accel import MoEAccelConfig, clip_grad_norm_, parameter_groups, prepare_moe_model
+from hf_moe_accel import AdamW, MoEAccelConfig, clip_grad_norm_, parameter_groups, prepare_moe_model
 from tests.helpers.grids import named
+from tests.helpers.large import Kernels
 from tests.helpers.loops import load_checkpoint, train_loop
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 from tests.helpers.tolerances import assert_close
@@ -42,6 +43,23 @@ def plain_run(ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPath
     directory = tmp_path_factory.mktemp("plain")
     (values,) = ranks(train, 1, "qwen3_moe", str(directory), None)
     return values, directory
+
+
+def train_large(name: str, choices: dict[str, Any]) -> tuple[list[tuple[float, float]], set[str]]:
+    model = tiny_model(name)
+    prepare_moe_model(model, MoEAccelConfig(**choices))
+    with Kernels() as ran:
+        return train_loop(model, STEPS, AdamW), set(ran)
+
+
+@pytest.mark.parametrize("layout", named(LAYOUTS, ["fsdp only", "ep 2 x replicas 2", "replicas 2"]))
+def test_large_shards_step_as_in_one_process(
+    layout: str, plain_run: tuple[Any, Path], ranks: Callable[..., list[Any]]
+) -> None:
+    world_size, choices = LAYOUTS[layout]
+    for values, ran in ranks(train_large, world_size, "qwen3_moe", choices):
+        assert ran == {"adamw_", "shrink_"}
+        assert_close(values, plain_run[0], "training")
 
 
 @pytest.mark.parametrize("layout", named(LAYOUTS, ["replicas 2", "ep 2 x efsdp 2"]))

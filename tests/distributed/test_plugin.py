@@ -130,3 +130,14 @@ def test_liger_is_kept_off_the_experts(tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, save_strategy="no", use_liger_kernel=True)
     MoEAccelCallback().on_init_end(arguments, None, None)
     assert arguments.liger_kernel_config == {"swiglu": False}
+
+
+def test_liger_leaves_to_the_compiler_what_it_cannot_trace(tmp_path: Path) -> None:
+    given = {"use_cpu": True, "save_strategy": "no", "use_liger_kernel": True, "torch_compile": True}
+    for config, expected in (
+        (None, {"rms_norm": False, "rope": False}),
+        ({"rope": True}, {"rms_norm": False, "rope": True}),
+    ):
+        arguments = TrainingArguments(str(tmp_path), liger_kernel_config=config, **given)
+        MoEAccelCallback().on_init_end(arguments, None, None)
+        assert arguments.liger_kernel_config == {**expected, "swiglu": False}

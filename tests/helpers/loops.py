@@ -17,7 +17,9 @@ LENGTH = 16
 MAX_NORM = 0.5
 
 
-def train_loop(model: PreTrainedModel, steps: int) -> list[tuple[float, float]]:
+def train_loop(
+    model: PreTrainedModel, steps: int, optimizer_class: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> list[tuple[float, float]]:
     """Trains on this rank's rows of `steps` global batches with ragged labels.
 
     A model on one process takes the stock path: torch's clipping and one group of all parameters.
@@ -29,7 +31,7 @@ def train_loop(model: PreTrainedModel, steps: int) -> list[tuple[float, float]]:
     alone = world_size == 1
     groups = list(model.parameters()) if alone else parameter_groups(model)
     # At the first step nothing is left of a gradient but its sign, however small and inexact it is: hence the epsilon.
-    optimizer = torch.optim.AdamW(groups, lr=3e-3, eps=1e-3)
+    optimizer = optimizer_class(groups, lr=3e-3, eps=1e-3, fused=optimizer_class is not torch.optim.AdamW)
     rows = ragged_batch_dataset(GLOBAL_BATCH * steps, LENGTH, seed=5)
     values = []
     for step in range(steps):

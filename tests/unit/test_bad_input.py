@@ -38,7 +38,7 @@ def without_weights(directory: Path, config: PreTrainedConfig) -> str:
 
 def arguments(directory: Path, **more: Any) -> TrainingArguments:
     defaults: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "max_steps": 2}
-    return TrainingArguments(output_dir=str(directory), use_cpu=True, **(defaults | more))
+    return TrainingArguments(output_dir=str(directory), **({"use_cpu": True} | defaults | more))
 
 
 CHOICES: list[tuple[int, dict[str, Any], str]] = [
@@ -48,7 +48,7 @@ CHOICES: list[tuple[int, dict[str, Any], str]] = [
     (1, {"ep_size": 2}, r"ep_size=2 does not divide the 1 ranks.* one of \[1\].*--nproc-per-node=2"),
     (4, {"ep_size": 4, "dp_replicate_size": 2}, r"2 ranks of a replica \(4 ranks / dp_replicate_size=2\).*\[1, 2\]"),
     (4, {"dp_replicate_size": 3}, r"dp_replicate_size=3 does not divide the 4 ranks of this run.* one of \[1, 2, 4\]"),
-    (1, {"expert_backend": "fast"}, "'fast' is no expert backend: use one of 'auto', 'fused', 'padded_bmm', 'groupe"),
+    (1, {"expert_backend": "fast"}, "'fast' is no expert backend: use one of 'auto', 'quack', 'fused', 'padded_bmm'"),
     (4, {"token_dispatcher": "deep"}, "'deep' is no token dispatcher: use one of 'auto', 'deepep', 'all_to_all'"),
     (4, {"token_dispatcher": "deepep"}, "'deepep' cannot serve this run: DeepEP needs CUDA.*'all_to_all', or 'auto'"),
     (4, {"ep_size": 2, "token_dispatcher": "local"}, "'local' moves no tokens.*ep_size=2.*'all_to_all', or ep_size=1"),

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_moe_accel import prepare
 from hf_moe_accel.experts import EXPERT_BACKENDS
 from hf_moe_accel.experts.fused import FusedBackend
+from hf_moe_accel.hf.discover import find_experts
 from hf_moe_accel.ops import quack as library
 from tests.helpers import quack_double as double
 from tests.helpers.grids import KINDS, ROWS, Case, grid, make_spec
+from tests.helpers.models import tiny_model
 from tests.helpers.tolerances import assert_close
 from tests.helpers.vendors import why_not_without_it
 from tests.unit import test_expert_backends as backend_contract
@@ -208,6 +211,19 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.why_not(torch.bfloat16, CPU) == "quack-kernels needs a CUDA device, and this is cpu"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert "compute capability 9 and 10, and this one has 8.6" in str(library.why_not(torch.bfloat16, CUDA))
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((9, 0), NAME), ((10, 0), "fused")])
+def test_auto_takes_it_on_hopper(capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FusedBackend, "why_not", lambda *args: None)
+    monkeypatch.setattr(prepare, "_device", lambda: CUDA)
+    found = find_experts(tiny_model("qwen3_moe").to(torch.bfloat16))
+    with double.installed():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        name, notes = prepare._choose_backend(found, "auto")
+        assert name == chosen
+        assert notes == [] if chosen == NAME else "quack: on other GPUs than Hopper" in notes[0]
+        assert prepare._choose_backend(found, NAME) == (NAME, [])
 
 
 def test_not_installed() -> None:
