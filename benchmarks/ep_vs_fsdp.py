@@ -2,6 +2,7 @@
 
     python benchmarks/ep_vs_fsdp.py                    # 2 ranks on CPU, or every GPU
     python benchmarks/ep_vs_fsdp.py --repeats 1        # a quick look
+    python benchmarks/ep_vs_fsdp.py --chunks 1 2 4     # ours as well with layers' tokens in so many parts
 
 The arms run in turn, each time in fresh processes, on the same model, data and optimizer, full fine-tuning. Exits
 with 1 when ours is below 0.97 of stock expert parallelism.
@@ -22,7 +23,8 @@ from harness import PeakMemory, alternate, machine, medians, write
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.distributed import DistributedConfig
 
-ARMS = ("stock fsdp", "stock ep", "ours")
+STOCK = ("stock fsdp", "stock ep")
+OURS = "ours"
 FLOOR = 0.97
 
 
@@ -53,8 +55,10 @@ def run_arm(options: argparse.Namespace) -> None:
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     memory = PeakMemory()
-    if options.arm == "ours":
-        model = Ours.from_pretrained(options.model, dtype=dtype, moe_config=MoEAccelConfig(ep_size=world_size))
+    if options.arm.startswith(OURS):
+        chunks = options.arm.removeprefix(OURS).strip(" parts,")
+        moe_config = MoEAccelConfig(ep_size=world_size, **({"overlap_chunks": int(chunks)} if chunks else {}))
+        model = Ours.from_pretrained(options.model, dtype=dtype, moe_config=moe_config)
     else:
         ep_size = world_size if options.arm == "stock ep" else 1
         layout = DistributedConfig(fsdp_size=world_size, ep_size=ep_size)
@@ -109,6 +113,7 @@ def main() -> int:
     size.add_argument("--length", type=int, default=4096 if cuda else 256)
     size.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
     size.add_argument("--steps", type=int, default=10 if cuda else 5, help="steps on the clock")
+    size.add_argument("--chunks", type=int, nargs="*", default=[], help="arms of ours with so many parts, beside auto")
     for name in ("--arm", "--result", "--model"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -120,29 +125,32 @@ def main() -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Run all arms and print them side by side."""
-    own = ("arm", "result", "model", "ranks", "repeats", "output")
+    own = ("arm", "result", "model", "ranks", "repeats", "output", "chunks")
     sizes = {name: value for name, value in vars(options).items() if name not in own}
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config_of(options), dtype=torch.bfloat16)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(config_of(options), dtype=torch.bfloat16)
         model.save_pretrained(directory)
         print(f"{model.num_parameters() / 1e6:.0f}M parameters, {options.ranks} ranks, {machine()['device']}")
         del model
+        torch.cuda.empty_cache()
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-        results = alternate(__file__, ARMS, options.repeats, options.ranks, [*arguments, f"--model={directory}"])
+        arms = (*STOCK, OURS, *(f"{OURS}, {parts} parts" for parts in options.chunks))
+        results = alternate(__file__, arms, options.repeats, options.ranks, [*arguments, f"--model={directory}"])
     middle = medians(results)
     print(f"\nmedian of {options.repeats}      tokens/s    of stock fsdp    of stock ep    peak MiB a rank")
     for arm, row in middle.items():
-        ratios = [row["tokens_per_s"] / middle[other]["tokens_per_s"] for other in ARMS[:2]]
+        ratios = [row["tokens_per_s"] / middle[other]["tokens_per_s"] for other in STOCK]
         print(
-            f"{arm:<12} {row['tokens_per_s']:>12,.0f} {ratios[0]:>16.2f} {ratios[1]:>14.2f} "
+            f"{arm:<13} {row['tokens_per_s']:>12,.0f} {ratios[0]:>16.2f} {ratios[1]:>14.2f} "
             f"{row['peak_mib_per_rank']:>18,.0f}"
         )
     write(
         options.output,
         {"machine": machine(), "ranks": options.ranks, "size": sizes, "median": middle, "runs": results},
     )
-    ratio = middle["ours"]["tokens_per_s"] / middle["stock ep"]["tokens_per_s"]
+    ratio = middle[OURS]["tokens_per_s"] / middle["stock ep"]["tokens_per_s"]
     if ratio < FLOOR:
         print(f"ours reaches {ratio:.2f} of stock expert parallelism, below {FLOOR}")
         return 1

@@ -45,14 +45,14 @@ class MoEAccelConfig:
     expert_backend: str = field(
         default="auto",
         metadata={
-            "help": "How the experts compute: 'auto', 'fused' (CUDA: torch's grouped matrix product between Triton "
-            "kernels), 'padded_bmm' (CPU: batched products of padded blocks), 'grouped_mm' (torch's grouped matrix "
-            "product alone), 'eager' (a loop over the experts: the slow reference). Never chosen by 'auto': "
-            "'transformer_engine' (CUDA, bf16: as 'fused', with TransformerEngine's grouped product), and with its "
-            "products in FP8 'transformer_engine_fp8' (a scale for each matrix) and 'transformer_engine_fp8_block' (a "
-            "scale for each block of 128), 'quack' (CUDA of compute capability 9 and 10, bf16: as 'fused', with "
-            "quack-kernels' grouped products, which read rows through an index: a little faster on an H200 with "
-            "batches of one size; pip install 'hf_moe_accel[quack]')."
+            "help": "How the experts compute: 'auto' (the first that can), 'quack' (CUDA, bf16 and fp16: as 'fused', "
+            "with quack-kernels' grouped products, which read rows through an index; pip install "
+            "'hf_moe_accel[quack]'; on other GPUs than Hopper by name only), 'fused' (CUDA: torch's grouped matrix "
+            "product between Triton kernels), 'padded_bmm' (CPU: batched products of padded blocks), 'grouped_mm' "
+            "(torch's grouped matrix product alone), 'eager' (a loop over the experts: the slow reference). Never "
+            "chosen by 'auto': 'transformer_engine' (CUDA, bf16: as 'fused', with TransformerEngine's grouped "
+            "product), and with its products in FP8 'transformer_engine_fp8' (a scale for each matrix) and "
+            "'transformer_engine_fp8_block' (a scale for each block of 128)."
         },
     )
     collective_timeout: float = field(
@@ -92,8 +92,9 @@ class MoEAccelConfig:
         default="auto",
         metadata={
             "help": "Parts that a layer's tokens are sent in, so that one part travels while another computes. More "
-            "parts hide more of the transfers but make the products of the experts smaller. 'auto': by the tokens of "
-            "a rank, one part for each 2,048 of them, 4 at most. Shared experts compute while tokens travel as well. "
+            "parts hide more of the transfers but make the products of the experts smaller, and gradients of trained "
+            "experts are added up. 'auto': 1 where an EP group is within a node, else one part for each 2,048 tokens "
+            "of a rank, 4 at most. Shared experts compute while tokens travel as well. "
             "1: no overlap but that of the weights' gradients. With ep_size 1 nothing travels, and it has no effect."
         },
     )

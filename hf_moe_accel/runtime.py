@@ -40,6 +40,7 @@ class MoERuntime:
         expert_checkpointing: what the experts compute again in the backward pass: "activation", "up" or "full".
         check_tokens: whether tokens are looked at before they are sent.
         expert_metrics: whether it is counted where tokens go.
+        within_node: whether the ranks of an EP group are on one node.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class MoERuntime:
         expert_checkpointing: str = "activation",
         check_tokens: bool = False,
         expert_metrics: bool = True,
+        within_node: bool = False,
     ) -> None:
         """Hold the parts; start nothing."""
         self.topology = topology
@@ -60,7 +62,7 @@ class MoERuntime:
         self.backend = backend
         self.num_experts = num_experts
         self.collective_timeout = collective_timeout
-        self.chunks = ChunkChoice(overlap_chunks)
+        self.chunks = ChunkChoice(overlap_chunks, within_node=within_node)
         self.expert_checkpointing = expert_checkpointing
         self.check_tokens = check_tokens
         self.saving: CheckpointSave | None = None  # where the model's weights go while a trainer saves a checkpoint

@@ -49,11 +49,14 @@ class ChunkChoice:
 
     Args:
         wanted: "auto" or a number.
+        within_node: whether the ranks of an EP group are on one node, where "auto" cuts nothing: two H200s over NVLink
+            took 1.13 times as long in two parts and 1.24 times in four (full fine-tuning, 16,384 tokens a rank).
     """
 
-    def __init__(self, wanted: int | str) -> None:
+    def __init__(self, wanted: int | str, *, within_node: bool = False) -> None:
         """Nothing is known yet."""
         self.wanted = wanted
+        self.within_node = within_node
         self._most_tokens: int | None = None
 
     def of(self, layer: int, dispatcher: TokenDispatcher) -> int:
@@ -62,13 +65,13 @@ class ChunkChoice:
             return 1
         if isinstance(self.wanted, int):
             return self.wanted
-        if layer == 0 or self._most_tokens is None:
+        if self.within_node or layer == 0 or self._most_tokens is None:
             return 1
         return max(1, min(MOST_CHUNKS, self._most_tokens // TOKENS_OF_A_CHUNK))
 
     def learn(self, dispatcher: TokenDispatcher, plan: Any) -> None:
         """Note what an exchange of counts told. All ranks of the EP group must call."""
-        if self.wanted == "auto":
+        if self.wanted == "auto" and not self.within_node:
             self._most_tokens = dispatcher.most_tokens(plan)
 
 

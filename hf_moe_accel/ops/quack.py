@@ -116,13 +116,16 @@ def _product(
     where = {"cu_seqlens_m" if of_rows else "cu_seqlens_k": starts_E, "A_idx": index}
     # All that a launch depends on. By itself quack-kernels keeps one for each number of rows, for ever: where that is
     # another one in each pass, they would fill the host's memory.
-    kind = (a.device, a.dtype, of_rows, through, short, b.stride(-1) == 1, out.stride(-1) == 1)
-    plan = _plans().get(kind)
-    if plan is None:
-        tiles = _tiles(a.device, through=through, short=short)
-        *_, _plans()[kind] = first(a, b, out, config=tiles, **where)
-    else:
+    kind = (a.device, a.dtype, of_rows, through, b.stride(-1) == 1, out.stride(-1) == 1)
+    plan = _plans().get((*kind, short))
+    if plan is not None:
         again(plan, a, b.mT, out, None, **where)
+        return
+    # Both ways to cut rows, the wanted one last: how many an expert has changes as a router learns, and each is
+    # compiled for seconds.
+    for each in (not short, short) if of_rows else (short,):
+        tiles = _tiles(a.device, through=through, short=each)
+        *_, _plans()[(*kind, each)] = first(a, b, out, config=tiles, **where)
 
 
 @cache

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import closing
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from hf_moe_accel import MoEAccelConfig, prepare_moe_model
 from hf_moe_accel.dispatch.all_to_all import AllToAllDispatcher
 from hf_moe_accel.dispatch.base import TokenDispatcher
 from hf_moe_accel.dispatch.local import LocalDispatcher
@@ -18,10 +21,11 @@ from hf_moe_accel.experts.base import ExpertBackend
 from hf_moe_accel.experts.eager import EagerBackend
 from hf_moe_accel.moe.forward import forward
 from hf_moe_accel.moe.overlap import MOST_CHUNKS, TOKENS_OF_A_CHUNK, ChunkChoice
-from hf_moe_accel.runtime import MoERuntime
+from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.topology import ExpertTopology
 from tests.helpers.grids import HIDDEN, KINDS, make_batch, make_spec, make_weights, slow
 from tests.helpers.links import RecordingBackend, RecordingDispatcher, SimulatedLink
+from tests.helpers.models import tiny_model
 from tests.helpers.ranks import run_ranks
 
 NUM_EXPERTS = 8
@@ -172,6 +176,27 @@ def test_a_number_is_a_number_and_nothing_is_cut_that_does_not_travel() -> None:
     choice = ChunkChoice("auto")
     choice.learn(Told(10**6), None)
     assert choice.of(1, LocalDispatcher()) == 1
+
+
+def test_auto_cuts_nothing_within_a_node() -> None:
+    choice = ChunkChoice("auto", within_node=True)
+    choice.learn(Told(100 * TOKENS_OF_A_CHUNK), None)
+    assert choice.of(1, Told(None)) == 1
+    assert ChunkChoice(3, within_node=True).of(1, Told(None)) == 3
+
+
+def prepared_choices() -> list[bool]:
+    """Whether the ranks of an EP group are on one node, where both ranks of the run are and where each has its own."""
+    found = []
+    for ranks_per_node in ("2", "1"):
+        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=ranks_per_node):
+            model = prepare_moe_model(tiny_model("qwen3_moe"), MoEAccelConfig(ep_size=2))
+        found.append(runtime_of(model).chunks.within_node)
+    return found
+
+
+def test_a_group_over_nodes_is_told_apart() -> None:
+    assert run_ranks(prepared_choices, 2) == [[True, False]] * 2
 
 
 def auto_on_ranks() -> list[int]:

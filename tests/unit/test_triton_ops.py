@@ -179,6 +179,17 @@ def test_activation_with_thin_products(name: str, ranks: tuple[int, int]) -> Non
     check_activation(name, 72, True, ranks[0] == 16, torch.float32, "cpu", ranks)
 
 
+@interpreted
+def test_kernels_are_compiled_once_whatever_the_number_of_rows() -> None:
+    """Triton tells numbers that are 1 or multiples of 16 apart, unless it is told not to."""
+    from hf_moe_accel.ops.triton import activation, rows
+
+    kernels = (activation._forward_kernel, activation._backward_kernel, rows._gather_kernel, rows._sum_kernel)
+    for kernel in kernels:
+        numbers = {"num_rows", "num_pairs", "num_segments"}.intersection(kernel.arg_names)
+        assert numbers and set(kernel.kwargs["do_not_specialize"]) == numbers, kernel
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 

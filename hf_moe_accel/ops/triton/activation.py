@@ -144,7 +144,7 @@ def _whole_h(
     return whole
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     h_ptr,
     bias_ptr,
@@ -214,7 +214,7 @@ def _forward_kernel(
         tl.store(out_ptr + row[:, None] * size + col[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     h_ptr,
     bias_ptr,

@@ -10,7 +10,9 @@ from torch import Tensor
 _LONG_SEGMENT = 64
 
 
-@triton.jit
+# Numbers of rows differ from pass to pass: of itself Triton compiles a kernel for multiples of 16 and another one for the
+# rest, where the first such number comes.
+@triton.jit(do_not_specialize=["num_pairs"])
 def _gather_kernel(x_ptr, row_ptr, weight_ptr, out_ptr, num_pairs, size, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -23,7 +25,7 @@ def _gather_kernel(x_ptr, row_ptr, weight_ptr, out_ptr, num_pairs, size, BLOCK_R
     tl.store(out_ptr + r[:, None] * size + col[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_segments"])
 def _sum_kernel(
     rows_ptr,
     other_ptr,
