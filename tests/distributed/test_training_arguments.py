@@ -831,7 +831,8 @@ def apply_liger(output_dir: str, trainer_class: type[Trainer]) -> tuple[bool, li
 @row(
     "use_liger_kernel",
     "liger_kernel_config",
-    note="Norms, rotary embeddings and the loss; `swiglu` is set to False. It needs GPUs: `pytest -m gpu` trains.",
+    note="Norms, rotary embeddings and the loss (with `torch_compile` the loss alone); `swiglu` is set to False. It "
+    "needs GPUs: `pytest -m gpu` trains.",
 )
 def test_liger_leaves_the_experts_alone(tmp_path: Path) -> None:
     for same, modules, config in run_ranks(apply_liger, 2, str(tmp_path), AcceleratedMoETrainer, init=False):

@@ -10,8 +10,8 @@ from torch import Tensor
 _LONG_SEGMENT = 64
 
 
-# Numbers of rows differ from pass to pass: of itself Triton compiles a kernel for multiples of 16 and another one for the
-# rest, where the first such number comes.
+# Numbers of rows differ from pass to pass. Triton would compile a kernel for multiples of 16 and another one for the
+# rest, each where the first such number comes.
 @triton.jit(do_not_specialize=["num_pairs"])
 def _gather_kernel(x_ptr, row_ptr, weight_ptr, out_ptr, num_pairs, size, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
