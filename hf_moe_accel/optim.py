@@ -22,7 +22,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class AdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` with the same arguments, state and results, and large parameters updated in less time.
+    """`torch.optim.AdamW` with the same arguments, state and results (up to rounding), in less time.
 
     Experts are most of a model's parameters, and all of them take a step where a token uses a few. With `fused=True`
     on CUDA a kernel of ours updates the parameters of 16 million elements and more, of this rank's shard where they

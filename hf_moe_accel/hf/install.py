@@ -155,8 +155,8 @@ def keep_liger_off_experts(args: Any) -> None:
     Args:
         args: `TrainingArguments`; its `liger_kernel_config` is set where `use_liger_kernel` is. Where a model has
             dense MLPs beside its experts, Liger's kernels for those go with the experts' (`swiglu`). Where the model
-            is compiled, norms and rotary embeddings are left to the compiler unless the arguments name them: it cannot
-            trace Liger's, and joins its own with what stands around them.
+            is compiled, norms and rotary embeddings are left to the compiler, which joins them with what stands around
+            them, unless the arguments name them: with Liger's, compiling a layer failed on an H200.
     """
     if not args.use_liger_kernel:
         return

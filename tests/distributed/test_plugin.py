@@ -132,7 +132,7 @@ def test_liger_is_kept_off_the_experts(tmp_path: Path) -> None:
     assert arguments.liger_kernel_config == {"swiglu": False}
 
 
-def test_liger_leaves_to_the_compiler_what_it_cannot_trace(tmp_path: Path) -> None:
+def test_liger_leaves_norms_and_rope_to_the_compiler(tmp_path: Path) -> None:
     given = {"use_cpu": True, "save_strategy": "no", "use_liger_kernel": True, "torch_compile": True}
     for config, expected in (
         (None, {"rms_norm": False, "rope": False}),
