@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ CELLS = {
 # How each arm was fastest on an H200. Stock runs out of its memory with Qwen3-30B-A3B unless it checkpoints, and
 # compiled it took longer; 16,384 tokens leave room for all activations of ours but those of the experts.
 STOCK_BEST = {"qwen3-30b-a3b": {"checkpointing": "on"}, "olmoe-1b-7b": {"checkpointing": "off"}}
-BEST_OF_ALL = {"checkpointing": "off", "expert_backend": "auto" if find_spec("quack") is None else "quack"}
+BEST_OF_ALL = {"checkpointing": "off"}
 OURS_BEST = {
     ("qwen3-30b-a3b", 4096): {**BEST_OF_ALL, "compile": GRAPHS},
     ("qwen3-30b-a3b", 16384): {**BEST_OF_ALL, "compile": GRAPHS, "expert_checkpointing": "full"},
