@@ -56,8 +56,8 @@ def run_arm(options: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     memory = PeakMemory()
     if options.arm.startswith(OURS):
-        chunks = options.arm.removeprefix(OURS).strip(" parts,")
-        moe_config = MoEAccelConfig(ep_size=world_size, **({"overlap_chunks": int(chunks)} if chunks else {}))
+        _, _, chunks = options.arm.partition(", ")
+        moe_config = MoEAccelConfig(ep_size=world_size, overlap_chunks=chunks.removesuffix(" parts") or "auto")
         model = Ours.from_pretrained(options.model, dtype=dtype, moe_config=moe_config)
     else:
         ep_size = world_size if options.arm == "stock ep" else 1

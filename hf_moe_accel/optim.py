@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from hf_moe_accel.ops import triton as triton_ops
 # keeps it busy for longer than it takes to launch a kernel for that one alone.
 _LARGE = 2**24
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_T = TypeVar("_T")
 
 
 class AdamW(torch.optim.AdamW):
@@ -49,10 +51,7 @@ class AdamW(torch.optim.AdamW):
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
         if not group["fused"] or isinstance(group["lr"], Tensor) or scaled or any(group[name] for name in others):
             return has_complex
-        large: list[Sequence[Tensor]] = []
-        small: list[Sequence[Tensor]] = []
-        for row in zip(*collected, strict=True):
-            (large if all(map(_is_large, row[:-1])) else small).append(row)
+        large, small = _split(zip(*collected, strict=True), lambda row: all(map(_is_large, row[:-1])))
         if large:
             self._step_large(group, large)
             for position, tensors in enumerate(collected):
@@ -69,14 +68,10 @@ class AdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         corrections_P2 = torch.stack((1 - beta1**of_P, (1 - beta2**of_P).sqrt()), 1).float()
         for which, row in enumerate(rows):
-            param, grad, exp_avg, exp_avg_sq = map(_local, row[:-1])
             adamw_(
-                param,
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                corrections_P2,
-                which,
+                *map(_local, row[:-1]),
+                corrections_P2=corrections_P2,
+                which=which,
                 lr=group["lr"],
                 betas=(beta1, beta2),
                 eps=group["eps"],
@@ -100,7 +95,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         The norm before clipping, a scalar, the same on all ranks.
     """
     groups = list(_by_mesh(p for p in model.parameters() if p.grad is not None).values())
-    norms = [norm for group in groups for norm in _norms([p.grad for p in group if p.grad is not None])]
+    norms = [norm for group in groups for norm in _norms(_grads(group))]
     if not norms:
         return torch.zeros(())
     total: Tensor = torch.linalg.vector_norm(
@@ -108,7 +103,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     )
     for group in groups:
         others = _shrink_large(group, max_norm, total)
-        dtypes = [p.grad.dtype for p in others if p.grad is not None]
+        dtypes = [grad.dtype for grad in _grads(others)]
         if dtypes:
             # That of torch's own norm: with another one it multiplies them one by one.
             clip_grads_with_norm_(others, max_norm, total.to(reduce(torch.promote_types, dtypes)))
@@ -139,11 +134,13 @@ def _by_mesh(parameters: Iterable[nn.Parameter]) -> dict[Any, list[nn.Parameter]
     return groups
 
 
+def _grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
 def _norms(grads: Sequence[Tensor]) -> list[Tensor]:
     """Of parts of the gradients of one mesh: those of large ones, and that of all others."""
-    large = [grad for grad in grads if not isinstance(grad, DTensor) and _is_large(grad)]
-    taken = set(map(id, large))
-    others = [grad for grad in grads if id(grad) not in taken]
+    large, others = _split(grads, lambda grad: not isinstance(grad, DTensor) and _is_large(grad))
     # One kernel of torch's for all is slower, and rounds to the dtype of the gradients.
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in large]
     return norms + ([get_total_norm(others)] if others else [])
@@ -151,16 +148,21 @@ def _norms(grads: Sequence[Tensor]) -> list[Tensor]:
 
 def _shrink_large(parameters: Sequence[nn.Parameter], max_norm: float, total: Tensor) -> list[nn.Parameter]:
     """Clip the large gradients, and return the parameters whose gradients are not clipped yet."""
-    large = [parameter for parameter in parameters if parameter.grad is not None and _is_large(parameter.grad)]
-    if not large:
-        return list(parameters)
-    from hf_moe_accel.ops.triton.elementwise import shrink_
+    large, others = _split(parameters, lambda parameter: parameter.grad is not None and _is_large(parameter.grad))
+    if large:
+        from hf_moe_accel.ops.triton.elementwise import shrink_
 
-    factor = (max_norm / (total.float() + 1e-6)).to(large[0].device)  # torch's
-    for parameter in large:
-        shrink_(_local(parameter.grad), factor)
-    taken = set(map(id, large))
-    return [parameter for parameter in parameters if id(parameter) not in taken]
+        factor = (max_norm / (total.float() + 1e-6)).to(large[0].device)  # torch's
+        for grad in _grads(large):
+            shrink_(_local(grad), factor)
+    return others
+
+
+def _split(items: Iterable[_T], is_first: Callable[[_T], bool]) -> tuple[list[_T], list[_T]]:
+    parts: tuple[list[_T], list[_T]] = ([], [])
+    for item in items:
+        parts[0 if is_first(item) else 1].append(item)
+    return parts
 
 
 def _local(tensor: Any) -> Tensor:

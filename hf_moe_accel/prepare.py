@@ -124,7 +124,7 @@ def prepare_moe_model(
         config.expert_checkpointing,
         config.check_tokens,
         config.expert_metrics,
-        within_node=setup.traffic.ranks_per_node % setup.topology.ep_size == 0,
+        within_node=setup.traffic.within_node,
     )
     bind(base, found, runtime)
     if setup.topology.ep_size > 1 and runtime.chunks.wanted != 1:

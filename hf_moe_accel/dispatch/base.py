@@ -63,6 +63,11 @@ class Traffic:
     ranks_per_node: int
     device: torch.device
 
+    @property
+    def within_node(self) -> bool:
+        """Whether the ranks of an EP group are on one node."""
+        return self.ranks_per_node % self.ep_size == 0
+
 
 class TokenDispatcher(ABC):
     """Brings each token to the ranks that own its experts, and the results back.

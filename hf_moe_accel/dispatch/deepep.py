@@ -76,7 +76,7 @@ class DeepEPDispatcher(TokenDispatcher):
     @classmethod
     def why_not(cls, traffic: Traffic) -> str | None:
         """See the base class."""
-        if traffic.ranks_per_node % traffic.ep_size:
+        if not traffic.within_node:
             return (
                 f"DeepEP is used within a node only, and ep_size {traffic.ep_size} does not divide the "
                 f"{traffic.ranks_per_node} ranks of one"

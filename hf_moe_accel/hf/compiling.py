@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def dynamo_plugin(args: Any) -> TorchDynamoPlugin | None:
+    """How `TrainingArguments` or the environment say to compile, as Trainer reads them; None where they do not."""
+    plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    return None if plugin.backend == DynamoBackend.NO else plugin
 
 
 def layers_of(model: Any) -> list[Any]:

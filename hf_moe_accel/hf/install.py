@@ -13,12 +13,12 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe_accel.experts.base import ExpertWeights
+from hf_moe_accel.hf.compiling import dynamo_plugin
 from hf_moe_accel.moe import forward as token_path
 from hf_moe_accel.moe.deferred import may_defer
 
@@ -160,6 +160,5 @@ def keep_liger_off_experts(args: Any) -> None:
     """
     if not args.use_liger_kernel:
         return
-    compiled = TorchDynamoPlugin(backend=args.torch_compile_backend).backend != DynamoBackend.NO
-    left = {"rms_norm": False, "rope": False} if compiled else {}
+    left = {} if dynamo_plugin(args) is None else {"rms_norm": False, "rope": False}
     args.liger_kernel_config = {**left, **(args.liger_kernel_config or {}), "swiglu": False}

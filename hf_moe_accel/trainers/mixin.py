@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, broadcast_object_list
+from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
@@ -17,7 +17,7 @@ from hf_moe_accel.auto import AutoModelForCausalLM, refuse_load_arguments
 from hf_moe_accel.callbacks.metrics import add_metrics
 from hf_moe_accel.config import MoEAccelConfig
 from hf_moe_accel.hf import cuda_graphs
-from hf_moe_accel.hf.compiling import compile_layers
+from hf_moe_accel.hf.compiling import compile_layers, dynamo_plugin
 from hf_moe_accel.hf.discover import base_of, find_experts
 from hf_moe_accel.hf.install import keep_liger_off_experts
 from hf_moe_accel.hf.loading import distributed_config, meta_model, reshard
@@ -183,8 +183,8 @@ class AcceleratedMoEMixin(CheckpointMixin):
 
     def _compile(self, base: Any, runtime: MoERuntime) -> None:
         """Compile a prepared model if the arguments or the environment say so, as Trainer would read them."""
-        plugin = TorchDynamoPlugin(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
-        if plugin.backend == DynamoBackend.NO:
+        plugin = dynamo_plugin(self.args)
+        if plugin is None:
             return
         kwargs = plugin.to_kwargs()
         if plugin.mode == "reduce-overhead" and self.args.device.type == "cuda":

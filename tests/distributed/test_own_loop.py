@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM as PlainAutoModel
 
 from hf_moe_accel import AdamW, MoEAccelConfig, clip_grad_norm_, parameter_groups, prepare_moe_model
 from tests.helpers.grids import named
-from tests.helpers.large import Kernels
+from tests.helpers.large import kernels
 from tests.helpers.loops import load_checkpoint, train_loop
 from tests.helpers.models import ragged_batch_dataset, tiny_model
 from tests.helpers.tolerances import assert_close
@@ -48,7 +48,7 @@ def plain_run(ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPath
 def train_large(name: str, choices: dict[str, Any]) -> tuple[list[tuple[float, float]], set[str]]:
     model = tiny_model(name)
     prepare_moe_model(model, MoEAccelConfig(**choices))
-    with Kernels() as ran:
+    with kernels() as ran:
         return train_loop(model, STEPS, AdamW), set(ran)
 
 

@@ -11,8 +11,7 @@ from transformers import Trainer
 
 from hf_moe_accel import AcceleratedMoETrainer, AdamW, optim
 from tests.gpu.test_backends_gpu import host_syncs
-from tests.helpers.large import Kernels
-from tests.helpers.models import tiny_model
+from tests.helpers.large import kernels
 from tests.helpers.tolerances import assert_close
 from tests.unit import test_optim as contract
 
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_adamw_steps_as_torch(dtype: torch.dtype) -> None:
-    with Kernels() as ran:
+    with kernels() as ran:
         contract.check_steps(dtype, "cuda", "backend" if dtype == torch.float16 else "training")
     assert ran == ["adamw_"] * 6
 
@@ -29,7 +28,7 @@ def test_adamw_steps_as_torch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("max_norm", [1.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_clipping_as_torch(dtype: torch.dtype, max_norm: float) -> None:
-    with Kernels() as ran:
+    with kernels() as ran:
         contract.check_clipping(dtype, "cuda", max_norm)
     assert ran == ["shrink_"] * 2
 
@@ -52,8 +51,8 @@ def test_a_parameter_of_real_size() -> None:
 
 def test_the_trainer_takes_it(tmp_path: Path) -> None:
     more = {"optim": "adamw_torch_fused", "max_grad_norm": 0.5, "use_cpu": False}
-    stock = contract.train(Trainer, tmp_path, tiny_model("qwen3_moe"), **more)
-    with Kernels() as ran:
-        ours = contract.train(AcceleratedMoETrainer, tmp_path, tiny_model("qwen3_moe"), **more)
+    stock = contract.run(Trainer, tmp_path, **more)
+    with kernels() as ran:
+        ours = contract.run(AcceleratedMoETrainer, tmp_path, **more)
     assert set(ran) == {"adamw_", "shrink_"}
     assert_close(contract.logs_of(ours), contract.logs_of(stock), "backend")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -10,34 +12,26 @@ from hf_moe_accel import optim
 LARGE = 4096
 
 
-class Kernels:
-    """Counts the parameters and gradients that kernels of ours take while this is entered."""
+@contextmanager
+def kernels() -> Iterator[list[str]]:
+    """Kernels of ours take all that is large here, on any device. Gives the names of those that ran, in order."""
+    from hf_moe_accel.ops.triton import elementwise
 
-    def __init__(self) -> None:
-        self.ran: list[str] = []
+    ran: list[str] = []
 
-    def __enter__(self) -> list[str]:
-        from hf_moe_accel.ops.triton import elementwise
+    def counted(name: str) -> Any:
+        kernel = getattr(elementwise, name)
 
-        def counted(name: str) -> Any:
-            kernel = getattr(elementwise, name)
+        def call(*args: Any, **kwargs: Any) -> None:
+            ran.append(name)
+            kernel(*args, **kwargs)
 
-            def call(*args: Any, **kwargs: Any) -> None:
-                self.ran.append(name)
-                kernel(*args, **kwargs)
+        return mock.patch.object(elementwise, name, call)
 
-            return mock.patch.object(elementwise, name, call)
-
-        self.patches = [
-            counted("adamw_"),
-            counted("shrink_"),
-            mock.patch.object(optim, "_LARGE", LARGE),
-            mock.patch.object(optim.triton_ops, "why_not", lambda device: None),
-        ]
-        for patch in self.patches:
-            patch.start()
-        return self.ran
-
-    def __exit__(self, *_: object) -> None:
-        for patch in self.patches:
-            patch.stop()
+    with (
+        counted("adamw_"),
+        counted("shrink_"),
+        mock.patch.object(optim, "_LARGE", LARGE),
+        mock.patch.object(optim.triton_ops, "why_not", lambda device: None),
+    ):
+        yield ran

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
@@ -23,9 +23,11 @@ def given(output_dir: Path, **more: Any) -> TrainingArguments:
     return arguments(output_dir, per_device_train_batch_size=2, logging_steps=1, **more)
 
 
-def train(model: nn.Module, args: TrainingArguments, **more: Any) -> tuple[list[float], AcceleratedMoETrainer]:
+def train(
+    model: nn.Module, args: TrainingArguments, trainer_class: type[Trainer] = AcceleratedMoETrainer, **more: Any
+) -> tuple[list[float], Trainer]:
     rows = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
-    trainer = AcceleratedMoETrainer(
+    trainer = trainer_class(
         model=model, args=args, train_dataset=[{"input_ids": row, "labels": row} for row in rows], **more
     )
     trainer.train()

@@ -14,10 +14,10 @@ from torch.nn.utils import clip_grad_norm_ as torch_clip
 from transformers import Trainer
 
 from hf_moe_accel import AcceleratedMoETrainer, AdamW, clip_grad_norm_, optim
-from tests.helpers.large import LARGE, Kernels
+from tests.helpers.large import LARGE, kernels
 from tests.helpers.models import tiny_model
 from tests.helpers.tolerances import assert_close
-from tests.unit.test_bad_input import arguments
+from tests.unit.test_compiling import given, train
 from tests.unit.test_triton_ops import draw, interpreted
 
 # Several blocks and a part of one; one block; one that is small; one whose elements are not in order.
@@ -27,7 +27,7 @@ SHAPES = {"blocks": (5, 3333), "block": (64, 64), "small": (7,), "turned": (96, 
 @pytest.fixture
 def here() -> Iterator[list[str]]:
     """Kernels for all that is large here, on the CPU as well: those that ran."""
-    with Kernels() as ran:
+    with kernels() as ran:
         yield ran
 
 
@@ -190,14 +190,10 @@ def test_nothing_is_large_without_a_device_for_kernels() -> None:
         assert not optim._is_large(torch.zeros(8))
 
 
-def train(cls: type[Trainer], directory: Path, model: Any, **more: Any) -> Trainer:
-    rows = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": row} for row in rows]
+def run(trainer_class: type[Trainer], directory: Path, **more: Any) -> Trainer:
     # Without the epsilon a gradient's sign is all that the first step takes of it, however small and inexact it is.
-    common = {"per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
-    args = arguments(directory, **common, **more)
-    trainer = cls(model=model, args=args, train_dataset=data)
-    trainer.train()
+    args = given(directory, learning_rate=1e-3, adam_epsilon=1e-3, **more)
+    _, trainer = train(tiny_model("qwen3_moe"), args, trainer_class)
     return trainer
 
 
@@ -208,11 +204,10 @@ def logs_of(trainer: Trainer) -> list[tuple[float, float]]:
 @interpreted
 def test_the_trainer_takes_it(here: list[str], tmp_path: Path) -> None:
     """With the model's experts as large parameters, clipped at every step."""
-    stock = train(Trainer, tmp_path, tiny_model("qwen3_moe"), optim="adamw_torch_fused", max_grad_norm=0.5)
+    more = {"optim": "adamw_torch_fused", "max_grad_norm": 0.5}
+    stock = run(Trainer, tmp_path, **more)
     assert not here
-    ours = train(
-        AcceleratedMoETrainer, tmp_path, tiny_model("qwen3_moe"), optim="adamw_torch_fused", max_grad_norm=0.5
-    )
+    ours = run(AcceleratedMoETrainer, tmp_path, **more)
     assert set(here) == {"adamw_", "shrink_"}
     assert_close(logs_of(ours), logs_of(stock), "training")
     assert_close(ours.model.state_dict(), stock.model.state_dict(), "training")
@@ -220,5 +215,5 @@ def test_the_trainer_takes_it(here: list[str], tmp_path: Path) -> None:
 
 def test_the_trainer_leaves_other_optimizers(tmp_path: Path) -> None:
     for name, expected in (("adamw_torch", torch.optim.AdamW), ("adamw_torch_fused", AdamW), ("sgd", torch.optim.SGD)):
-        trainer = train(AcceleratedMoETrainer, tmp_path, tiny_model("qwen3_moe"), optim=name)
+        trainer = run(AcceleratedMoETrainer, tmp_path, optim=name)
         assert type(trainer.optimizer.optimizer) is expected  # type: ignore[union-attr]
