@@ -49,14 +49,23 @@ class AdamW(torch.optim.AdamW):
         )
         others = ("amsgrad", "maximize", "capturable", "differentiable")
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
-        if not group["fused"] or isinstance(group["lr"], Tensor) or scaled or any(group[name] for name in others):
-            return has_complex
-        large, small = _split(zip(*collected, strict=True), lambda row: all(map(_is_large, row[:-1])))
+        ours = group["fused"] and not (isinstance(group["lr"], Tensor) or scaled or any(group[n] for n in others))
+        large, small = _split(zip(*collected, strict=True), lambda row: ours and all(map(_is_large, row[:-1])))
+        for _, grad, *_ in small:
+            factor = _factor_of(grad)
+            if factor is not None:
+                _shrink(grad, factor)
         if large:
             self._step_large(group, large)
             for position, tensors in enumerate(collected):
                 tensors[:] = [row[position] for row in small]
         return has_complex
+
+    def clips_in_step(self) -> set[int]:
+        """The parameters, by `id`, whose large gradients a step can clip as it reads them; none if it has hooks."""
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            return set()
+        return {id(parameter) for group in self.param_groups for parameter in group["params"]}
 
     @staticmethod
     def _step_large(group: dict[str, Any], rows: Sequence[Sequence[Tensor]]) -> None:
@@ -72,6 +81,7 @@ class AdamW(torch.optim.AdamW):
                 *map(_local, row[:-1]),
                 corrections_P2=corrections_P2,
                 which=which,
+                factor=_factor_of(row[1]),
                 lr=group["lr"],
                 betas=(beta1, beta2),
                 eps=group["eps"],
@@ -81,7 +91,7 @@ class AdamW(torch.optim.AdamW):
         increment_version([row[0] for row in rows])
 
 
-def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm_(model: nn.Module, max_norm: float, *, optimizer: AdamW | None = None) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` for an expert-parallel model. All ranks must call.
 
     Expert parameters live on another device mesh than the others, and the stock function cannot span both. Gradients
@@ -90,6 +100,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     Args:
         model: after `backward`.
         max_norm: the largest 2-norm over all gradients of all ranks.
+        optimizer: ours, whose step comes next, with nobody looking at gradients before they are set to zero: it takes
+            large ones clipped, as it reads them, and they stay as they are. None, or one with hooks around its step:
+            all are clipped here.
 
     Returns:
         The norm before clipping, a scalar, the same on all ranks.
@@ -102,7 +115,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
     )
     for group in groups:
-        others = _shrink_large(group, max_norm, total)
+        others = _shrink_large(group, max_norm, total, optimizer)
         dtypes = [grad.dtype for grad in _grads(others)]
         if dtypes:
             # That of torch's own norm: with another one it multiplies them one by one.
@@ -146,16 +159,36 @@ def _norms(grads: Sequence[Tensor]) -> list[Tensor]:
     return norms + ([get_total_norm(others)] if others else [])
 
 
-def _shrink_large(parameters: Sequence[nn.Parameter], max_norm: float, total: Tensor) -> list[nn.Parameter]:
-    """Clip the large gradients, and return the parameters whose gradients are not clipped yet."""
+def _shrink_large(
+    parameters: Sequence[nn.Parameter], max_norm: float, total: Tensor, optimizer: AdamW | None
+) -> list[nn.Parameter]:
+    """Clip the large gradients, or have it done by the optimizer, and return the parameters of the other ones."""
     large, others = _split(parameters, lambda parameter: parameter.grad is not None and _is_large(parameter.grad))
+    later = set() if optimizer is None else optimizer.clips_in_step()
     if large:
-        from hf_moe_accel.ops.triton.elementwise import shrink_
-
         factor = (max_norm / (total.float() + 1e-6)).to(large[0].device)  # torch's
-        for grad in _grads(large):
-            shrink_(_local(grad), factor)
+        for parameter in large:
+            grad: Any = parameter.grad
+            if id(parameter) in later:
+                # It goes when the gradient does, and does not count for what is written into it from here on.
+                grad.moe_clip = (factor, grad._version)
+            else:
+                _shrink(grad, factor)
     return others
+
+
+def _factor_of(grad: Any) -> Tensor | None:
+    """What a gradient is still to be multiplied by."""
+    factor, version = getattr(grad, "moe_clip", (None, None))
+    return factor if version == grad._version else None
+
+
+def _shrink(grad: Tensor, factor: Tensor) -> None:
+    from hf_moe_accel.ops.triton.elementwise import shrink_
+
+    shrink_(_local(grad), factor)
+    # Also: it is not to be done again.
+    increment_version([grad])
 
 
 def _split(items: Iterable[_T], is_first: Callable[[_T], bool]) -> tuple[list[_T], list[_T]]:

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hf_moe_accel.auto import AutoModelForCausalLM, refuse_load_arguments
@@ -250,7 +251,9 @@ class AcceleratedMoEMixin(CheckpointMixin):
         """As in the trainer, large gradients in less time."""
         if runtime_of(model) is None or self.accelerator.scaler is not None:
             return super()._clip_grad_norm(model)
-        return clip_grad_norm_(model, self.args.max_grad_norm)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        later = isinstance(optimizer, AdamW) and not any(map(_sees_gradients, self.callback_handler.callbacks))
+        return clip_grad_norm_(model, self.args.max_grad_norm, optimizer=optimizer if later else None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the trainer.
@@ -356,6 +359,14 @@ class AcceleratedMoEMixin(CheckpointMixin):
                 graphs = cuda_graphs.LayerGraphs.of(base_of(model))
                 if graphs is not None:
                     graphs.release()
+
+
+def _sees_gradients(callback: TrainerCallback) -> bool:
+    """Whether a callback is called while gradients are clipped; transformers' and ours do not look at them then."""
+    if type(callback).__module__.split(".")[0] in ("transformers", "hf_moe_accel"):
+        return False
+    names = ("on_pre_optimizer_step", "on_optimizer_step")
+    return any(getattr(getattr(callback, n), "__func__", None) is not getattr(TrainerCallback, n) for n in names)
 
 
 class _TrialEnded(Exception):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from hf_moe_accel import AcceleratedMoETrainer, AdamW, optim
+from hf_moe_accel import AcceleratedMoETrainer, AdamW, clip_grad_norm_, optim
 from tests.gpu.test_backends_gpu import host_syncs
 from tests.helpers.large import kernels
 from tests.helpers.tolerances import assert_close
@@ -34,7 +34,7 @@ def test_clipping_as_torch(dtype: torch.dtype, max_norm: float) -> None:
 
 
 def test_a_parameter_of_real_size() -> None:
-    """Without anything of a test in between, and without a wait for the device."""
+    """Clipped, without anything of a test in between, and without a wait for the device."""
     of = {}
     for cls in (AdamW, torch.optim.AdamW):
         torch.manual_seed(0)
@@ -43,6 +43,10 @@ def test_a_parameter_of_real_size() -> None:
         optimizer = cls([value], lr=1e-2, fused=True)
         optimizer.step()
         with host_syncs() as syncs:
+            if cls is AdamW:
+                clip_grad_norm_(contract.Holder([value]), 1.0, optimizer=optimizer)
+            else:
+                torch.nn.utils.clip_grad_norm_([value], 1.0)
             optimizer.step()
         assert not syncs
         of[cls] = [value.data, optimizer.state[value]["exp_avg"], optimizer.state[value]["exp_avg_sq"]]
@@ -52,7 +56,8 @@ def test_a_parameter_of_real_size() -> None:
 def test_the_trainer_takes_it(tmp_path: Path) -> None:
     more = {"optim": "adamw_torch_fused", "max_grad_norm": 0.5, "use_cpu": False}
     stock = contract.run(Trainer, tmp_path, **more)
-    with kernels() as ran:
-        ours = contract.run(AcceleratedMoETrainer, tmp_path, **more)
-    assert set(ran) == {"adamw_", "shrink_"}
-    assert_close(contract.logs_of(ours), contract.logs_of(stock), "backend")
+    for callbacks, expected in (([], {"adamw_"}), ([contract.Looks()], {"adamw_", "shrink_"})):
+        with kernels() as ran:
+            ours = contract.run(AcceleratedMoETrainer, tmp_path, callbacks=callbacks, **more)
+        assert set(ran) == expected
+        assert_close(contract.logs_of(ours), contract.logs_of(stock), "backend")

@@ -22,7 +22,7 @@ def in_bf16(cases: list) -> list:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("counts", [[3, 0, 2, 0], [0, 0], [1], [300, 0, 7, 129]])
+@pytest.mark.parametrize("counts", contract.COUNTS)
 def test_products(counts: list[int], dtype: torch.dtype) -> None:
     contract.check_products(counts, "cuda", dtype)
 

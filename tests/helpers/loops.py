@@ -18,7 +18,11 @@ MAX_NORM = 0.5
 
 
 def train_loop(
-    model: PreTrainedModel, steps: int, optimizer_class: type[torch.optim.AdamW] = torch.optim.AdamW
+    model: PreTrainedModel,
+    steps: int,
+    optimizer_class: type[torch.optim.AdamW] = torch.optim.AdamW,
+    *,
+    clip_in_step: bool = False,
 ) -> list[tuple[float, float]]:
     """Trains on this rank's rows of `steps` global batches with ragged labels.
 
@@ -47,7 +51,7 @@ def train_loop(
         if alone:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         else:
-            norm = clip_grad_norm_(model, MAX_NORM)
+            norm = clip_grad_norm_(model, MAX_NORM, optimizer=optimizer if clip_in_step else None)
         optimizer.step()
         optimizer.zero_grad()
         total = loss.detach().clone()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_ as torch_clip
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_moe_accel import AcceleratedMoETrainer, AdamW, clip_grad_norm_, optim
 from tests.helpers.large import LARGE, kernels
@@ -185,15 +185,89 @@ def test_clipping_spreads_what_is_not_finite(value: float, here: list[str]) -> N
         torch.testing.assert_close(mine.grad, other.grad, equal_nan=True, rtol=0, atol=0)
 
 
+def clip_and_step(cls: type[torch.optim.AdamW], max_norm: float, **more: Any) -> list[Any]:
+    """Two steps, the gradients written into in between as a second backward pass does."""
+    values = parameters(torch.float32, "cpu")
+    optimizer = make(cls, values, **more)
+    for step in range(2):
+        fill_grads(values, step)
+        if isinstance(optimizer, AdamW):
+            clip_grad_norm_(Holder(values), max_norm, optimizer=optimizer)
+        else:
+            torch_clip(values, max_norm)
+        optimizer.step()
+    return [[value.data for value in values], of_state(optimizer, values)]
+
+
+# What is done where to the two large gradients in order.
+CLIPPED = {
+    "in the step": ({}, 0),
+    "by torch's step": ({"amsgrad": True}, 4),
+    "not fused": ({"fused": False}, 4),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("max_norm", [1.0, 1e4])
+@pytest.mark.parametrize("name", CLIPPED)
+def test_a_step_clips_as_torch(name: str, max_norm: float, here: list[str]) -> None:
+    more, shrunk = CLIPPED[name]
+    assert_close(
+        clip_and_step(AdamW, max_norm, **more), clip_and_step(torch.optim.AdamW, max_norm, **more), "training"
+    )
+    assert here.count("shrink_") == shrunk
+    assert here.count("adamw_") == 4 - shrunk
+
+
+@interpreted
+@pytest.mark.parametrize("hooked", [False, True])
+def test_whoever_looks_sees_clipped_gradients(hooked: bool, here: list[str]) -> None:
+    values = parameters(torch.float32, "cpu")
+    optimizer = make(AdamW, values)
+    norms = []
+    if hooked:
+        optimizer.register_step_pre_hook(lambda *_: norms.append(torch_clip(values, 1e9)))
+    fill_grads(values, 0)
+    clip_grad_norm_(Holder(values), 1.0, optimizer=optimizer)
+    optimizer.step()
+    assert ("shrink_" in here) == hooked
+    assert all(norm == pytest.approx(1, rel=1e-4) for norm in norms)
+
+
+@interpreted
+def test_only_what_was_clipped_is_clipped(here: list[str]) -> None:
+    """A step that was left out, with gradients written into after it, or of another optimizer's parameters."""
+    values = parameters(torch.float32, "cpu")
+    mine = make(AdamW, values)
+    other = make(AdamW, values[:1] + [nn.Parameter(torch.zeros(1))])
+    fill_grads(values, 0)
+    clip_grad_norm_(Holder(values), 1.0, optimizer=other)
+    assert here == ["shrink_"], "the second is none of the other's"
+    assert values[0].grad is not None
+    values[0].grad.zero_().add_(1.0)
+    mine.step()
+    assert (mine.state[values[0]]["exp_avg"] - 0.1).abs().max() < 1e-6
+
+
 def test_nothing_is_large_without_a_device_for_kernels() -> None:
     with mock.patch.object(optim, "_LARGE", 1):
         assert not optim._is_large(torch.zeros(8))
 
 
-def run(trainer_class: type[Trainer], directory: Path, **more: Any) -> Trainer:
+class Looks(TrainerCallback):  # type: ignore[misc]
+    """Takes the norm of the gradients that the optimizer is given."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.norms.append(torch_clip(model.parameters(), 1e9).item())
+
+
+def run(trainer_class: type[Trainer], directory: Path, callbacks: Any = None, **more: Any) -> Trainer:
     # Without the epsilon a gradient's sign is all that the first step takes of it, however small and inexact it is.
     args = given(directory, learning_rate=1e-3, adam_epsilon=1e-3, **more)
-    _, trainer = train(tiny_model("qwen3_moe"), args, trainer_class)
+    _, trainer = train(tiny_model("qwen3_moe"), args, trainer_class, callbacks=callbacks)
     return trainer
 
 
@@ -208,9 +282,14 @@ def test_the_trainer_takes_it(here: list[str], tmp_path: Path) -> None:
     stock = run(Trainer, tmp_path, **more)
     assert not here
     ours = run(AcceleratedMoETrainer, tmp_path, **more)
+    assert set(here) == {"adamw_"}, "which clips as well"
+    seen = Looks()
+    watched = run(AcceleratedMoETrainer, tmp_path, callbacks=[seen], **more)
     assert set(here) == {"adamw_", "shrink_"}
-    assert_close(logs_of(ours), logs_of(stock), "training")
-    assert_close(ours.model.state_dict(), stock.model.state_dict(), "training")
+    assert seen.norms and all(norm == pytest.approx(0.5, rel=1e-3) for norm in seen.norms)
+    for trainer in (ours, watched):
+        assert_close(logs_of(trainer), logs_of(stock), "training")
+        assert_close(trainer.model.state_dict(), stock.model.state_dict(), "training")
 
 
 def test_the_trainer_leaves_other_optimizers(tmp_path: Path) -> None:

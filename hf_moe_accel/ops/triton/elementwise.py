@@ -18,6 +18,7 @@ def _adamw_kernel(
     mean_ptr,
     square_ptr,
     corrections_ptr,
+    factor_ptr,
     which,
     size,
     lr,
@@ -28,6 +29,7 @@ def _adamw_kernel(
     rest2,
     eps,
     BLOCK: tl.constexpr,
+    CLIPS: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -37,6 +39,9 @@ def _adamw_kernel(
     square = tl.load(square_ptr + i, mask=inside).to(tl.float32)
     of_mean = tl.load(corrections_ptr + 2 * which)
     of_root = tl.load(corrections_ptr + 2 * which + 1)
+    if CLIPS:
+        factor = tl.load(factor_ptr)
+        grad *= tl.where(factor >= 1.0, 1.0, factor)
     mean = beta1 * mean + rest1 * grad
     square = beta2 * square + rest2 * grad * grad
     param -= decay * param
@@ -66,6 +71,7 @@ def adamw_(
     *,
     corrections_P2: Tensor,
     which: int,
+    factor: Tensor | None,
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -77,6 +83,7 @@ def adamw_(
         param: floating point, contiguous, as are `grad`, `exp_avg` and `exp_avg_sq`, of the same number of elements.
         corrections_P2: [P, 2] fp32, of each parameter `1 - beta1**step` and `sqrt(1 - beta2**step)`.
         which: of its rows.
+        factor: scalar, fp32; what the gradient is multiplied by where it is below 1 or NaN. None: 1.
     """
     (beta1, beta2), size = betas, param.numel()
     _adamw_kernel[(triton.cdiv(size, _BLOCK),)](
@@ -85,6 +92,7 @@ def adamw_(
         exp_avg,
         exp_avg_sq,
         corrections_P2,
+        corrections_P2 if factor is None else factor,
         which,
         size,
         lr,
@@ -96,6 +104,7 @@ def adamw_(
         1 - beta2,
         eps,
         _BLOCK,
+        factor is not None,
         num_warps=_WARPS,
     )
 
