@@ -33,6 +33,7 @@ from hf_moe_accel.hf.export import MAX_SHARD_SIZE, export_and_upload, prepare_ex
 from hf_moe_accel.hf.install import bind
 from hf_moe_accel.hf.keys import original_classes
 from hf_moe_accel.hf.loading import distributed_config, flatten_expert_mesh, is_sharded, shard_in_place
+from hf_moe_accel.hf.loss import chunk_loss
 from hf_moe_accel.hf.shared import overlap_shared, why_not_shared
 from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.registry import Registry
@@ -135,6 +136,7 @@ def prepare_moe_model(
     runtime.report, runtime.settings = report(base, found, setup), asdict(config)
     runtime.follow(base)
     keep_exchanges_when_checkpointing(base)
+    chunk_loss(base)
     base.moe_runtime = runtime
     base.save_pretrained = MethodType(_save_pretrained, base)
     base.push_to_hub = MethodType(_push_to_hub, base)
