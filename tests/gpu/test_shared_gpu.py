@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.ranks import launch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen2_moe"])
