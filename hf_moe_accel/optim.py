@@ -164,8 +164,8 @@ def _shrink_large(
 ) -> list[nn.Parameter]:
     """Clip the large gradients, or have it done by the optimizer, and return the parameters of the other ones."""
     large, others = _split(parameters, lambda parameter: parameter.grad is not None and _is_large(parameter.grad))
-    later = set() if optimizer is None else optimizer.clips_in_step()
     if large:
+        later = set() if optimizer is None else optimizer.clips_in_step()
         factor = (max_norm / (total.float() + 1e-6)).to(large[0].device)  # torch's
         for parameter in large:
             grad: Any = parameter.grad

@@ -220,6 +220,25 @@ def test_a_step_clips_as_torch(name: str, max_norm: float, here: list[str]) -> N
 
 
 @interpreted
+def test_a_step_spreads_what_is_not_finite(here: list[str]) -> None:
+    ends = []
+    for cls in (AdamW, torch.optim.AdamW):
+        values = parameters(torch.float32, "cpu")
+        fill_grads(values, 0)
+        values[0].grad[0, 0] = float("nan")  # type: ignore[index]
+        optimizer = make(cls, values)
+        if isinstance(optimizer, AdamW):
+            clip_grad_norm_(Holder(values), 1.0, optimizer=optimizer)
+        else:
+            torch_clip(values, 1.0)
+        optimizer.step()
+        ends.append([value.data for value in values])
+    assert set(here) == {"adamw_"}
+    assert all(value.isnan().all() for value in ends[0])
+    torch.testing.assert_close(*ends, equal_nan=True)
+
+
+@interpreted
 @pytest.mark.parametrize("hooked", [False, True])
 def test_whoever_looks_sees_clipped_gradients(hooked: bool, here: list[str]) -> None:
     values = parameters(torch.float32, "cpu")
