@@ -21,8 +21,7 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 # Logits of a chunk: with a CPU they stay in its cache, a GPU is busy for longer than it takes to launch its kernels.
-_LOGITS = {"cpu": 2**20}
-_LOGITS_OF_A_GPU = 2**25
+_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**20, 2**25
 
 
 def chunk_loss(model: Any) -> None:
@@ -98,5 +97,6 @@ class _SummedLoss(torch.autograd.Function):
 
 def _chunks(logits_NV: Tensor) -> Iterator[slice]:
     num_rows, vocab_size = logits_NV.shape
-    step = max(1, _LOGITS.get(logits_NV.device.type, _LOGITS_OF_A_GPU) // vocab_size)
+    logits = _LOGITS_ON_CPU if logits_NV.device.type == "cpu" else _LOGITS_ON_GPU
+    step = max(1, logits // vocab_size)
     return (slice(first, first + step) for first in range(0, num_rows, step))

@@ -150,8 +150,9 @@ def _tiles(device: torch.device, *, in_order: bool, many: bool) -> Any:
     """How a product is cut; None for quack-kernels' own choice.
 
     Of those tried on an H200 at the sizes of Qwen3-30B-A3B, OLMoE and Mixtral, with 64 to 4,096 rows for each expert,
-    these were the fastest or within 9 % of it. Its own choice (128 x 192, two blocks of rows side by side) took
-    as long for rows in order where they are 4,096, up to 7 % longer from 512 on, up to 14 % with 256, 48 % with 64.
+    these were the fastest or within 9 % of it, as far as figures were kept. Its own choice (128 x 192, two blocks of
+    rows side by side) took as long for rows in order where they are 4,096, up to 7 % longer from 512 on, up to 14 %
+    with 256, 48 % with 64.
 
     Args:
         device: of the product.

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 def test_equals_transformers(
     how: str, dtype: torch.dtype, logits_of_a_chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "_LOGITS_OF_A_GPU", logits_of_a_chunk)
+    monkeypatch.setattr(library, "_LOGITS_ON_GPU", logits_of_a_chunk)
     contract.check("cuda", dtype, how)
 
 

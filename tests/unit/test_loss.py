@@ -30,7 +30,7 @@ HOW = {
 
 @pytest.fixture(params=CHUNKS)
 def in_chunks(request: pytest.FixtureRequest) -> Iterator[None]:
-    with mock.patch.dict(library._LOGITS, cpu=request.param):
+    with mock.patch.object(library, "_LOGITS_ON_CPU", request.param):
         yield
 
 

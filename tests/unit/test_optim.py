@@ -185,16 +185,21 @@ def test_clipping_spreads_what_is_not_finite(value: float, here: list[str]) -> N
         torch.testing.assert_close(mine.grad, other.grad, equal_nan=True, rtol=0, atol=0)
 
 
+def clip_for(optimizer: torch.optim.AdamW, of: list[nn.Parameter], max_norm: float) -> None:
+    """As the optimizer's own kind has it: ours in its next step, torch's now."""
+    if isinstance(optimizer, AdamW):
+        clip_grad_norm_(Holder(of), max_norm, optimizer=optimizer)
+    else:
+        torch_clip(of, max_norm)
+
+
 def clip_and_step(cls: type[torch.optim.AdamW], max_norm: float, **more: Any) -> list[Any]:
-    """Two steps, the gradients written into in between as a second backward pass does."""
+    """Two steps, each with gradients of its own."""
     values = parameters(torch.float32, "cpu")
     optimizer = make(cls, values, **more)
     for step in range(2):
         fill_grads(values, step)
-        if isinstance(optimizer, AdamW):
-            clip_grad_norm_(Holder(values), max_norm, optimizer=optimizer)
-        else:
-            torch_clip(values, max_norm)
+        clip_for(optimizer, values, max_norm)
         optimizer.step()
     return [[value.data for value in values], of_state(optimizer, values)]
 
@@ -227,10 +232,7 @@ def test_a_step_spreads_what_is_not_finite(here: list[str]) -> None:
         fill_grads(values, 0)
         values[0].grad[0, 0] = float("nan")  # type: ignore[index]
         optimizer = make(cls, values)
-        if isinstance(optimizer, AdamW):
-            clip_grad_norm_(Holder(values), 1.0, optimizer=optimizer)
-        else:
-            torch_clip(values, 1.0)
+        clip_for(optimizer, values, 1.0)
         optimizer.step()
         ends.append([value.data for value in values])
     assert set(here) == {"adamw_"}
