@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +26,51 @@ def layers_of(model: Any) -> list[Any]:
     return [layer for layer in found if layer not in inner]
 
 
+class CompiledLayer:
+    """Stands for the forward function of a layer, and compiles it at its first call.
+
+    Where activations are checkpointed, what is compiled lies within: torch's compiler gives a whole frame up at a
+    checkpoint with contexts, and compiles nothing in the backward pass, where the layer is computed again.
+
+    Args:
+        module: the layer.
+        kwargs: of `torch.compile`.
+    """
+
+    def __init__(self, module: Any, **kwargs: Any) -> None:
+        functools.update_wrapper(self, module.forward)
+        self.module = module
+        self._compile = functools.partial(torch.compile, **kwargs)
+        self._plain = self._compile(module.forward)
+        self._checkpointed: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer computes."""
+        return self.run(args, kwargs)
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        """What the layer computes, compiled."""
+        layer = self.module
+        if not (layer.training and layer.gradient_checkpointing):
+            return self._plain(*args, **kwargs)
+        function = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = functools.partial(self._checkpoint, function)
+        try:
+            return type(layer).forward(layer, *args, **kwargs)
+        finally:
+            layer._gradient_checkpointing_func = function
+
+    def _checkpoint(self, function: Callable[..., Any], forward: functools.partial[Any], *args: Any) -> Any:
+        """`function(forward, *args)`, as transformers calls it, of what is compiled."""
+        if self._checkpointed is None:
+            self._checkpointed = self._compile(forward.func)
+        return function(functools.partial(self._checkpointed, *forward.args, **forward.keywords), *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied layer has the forward function that it had at first."""
+        return types.MethodType(type(self.module).forward, copy.deepcopy(self.module, memo))
+
+
 def compile_layers(model: Any, **kwargs: Any) -> None:
     """Compile each layer in place, and the loss; does nothing to a model that was compiled so before.
 
@@ -35,10 +84,10 @@ def compile_layers(model: Any, **kwargs: Any) -> None:
         kwargs: of `torch.compile`.
     """
     layers = layers_of(model)
-    if any(layer._compiled_call_impl is not None for layer in layers):
+    if any(isinstance(layer.__dict__.get("forward"), CompiledLayer) for layer in layers):
         return
     for layer in layers:
-        layer.compile(**kwargs)
+        layer.forward = CompiledLayer(layer, **kwargs)
     compile_loss(model, **kwargs)
 
 

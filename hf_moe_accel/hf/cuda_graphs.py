@@ -19,26 +19,31 @@ replays anything, gradients that are still there, since they add up over passes,
 
 from __future__ import annotations
 
-import copy
 import functools
-import types
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from hf_moe_accel.experts.base import ExpertBackend
-from hf_moe_accel.hf.compiling import compile_loss, layers_of
+from hf_moe_accel.hf.compiling import CompiledLayer, compile_loss, layers_of
 from hf_moe_accel.log import say, warn_once
+from hf_moe_accel.moe.replay import keep_exchanges
 from hf_moe_accel.moe.stats import RoutingStats
 from hf_moe_accel.moe.timing import PartTimer
 from hf_moe_accel.topology import ExpertTopology
 
 # Training passes without a capture after which it is said why.
 _PATIENCE = 20
+_RANDOM = (
+    "draw random numbers, such as for dropout, which with activation checkpointing no graph draws twice alike: leave "
+    "one of the two out"
+)
 # What a layer may be given beside tensors: a graph is good for one value of each.
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -53,13 +58,12 @@ class Runtime(Protocol):
     check_tokens: bool
 
 
-def why_not(model: Any, runtime: Runtime, *, checkpoints: bool) -> str | None:
+def why_not(model: Any, runtime: Runtime) -> str | None:
     """Why no CUDA graph can hold the layers of a prepared model, and what to do about it; None if one can.
 
     Args:
         model: of transformers, without wrappers.
         runtime: of the model.
-        checkpoints: whether training is to checkpoint activations of whole layers.
     """
     if runtime.topology.world_size > 1:
         return (
@@ -73,11 +77,6 @@ def why_not(model: Any, runtime: Runtime, *, checkpoints: bool) -> str | None:
         )
     if runtime.check_tokens:
         return "check_tokens=True reads values in each layer. Leave it out"
-    if checkpoints:
-        return (
-            "activation checkpointing computes layers again, with states of random numbers that the host reads. Leave "
-            "it out, or torch_compile_mode; MoEAccelConfig(expert_checkpointing='full') saves memory in graphs as well"
-        )
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return (
             "output_router_logits=True takes logits out of the middle of each layer, for the auxiliary loss. Set it "
@@ -105,7 +104,7 @@ class LayerGraphs:
         self.device = device
         self.stats = runtime.stats
         self._timer = runtime.timer
-        self._layers = [_Layer(self, module, torch.compile(module.forward, **kwargs)) for module in layers_of(model)]
+        self._layers = [_Layer(self, module, **kwargs) for module in layers_of(model)]
         for layer in self._layers:
             layer.module.forward = layer
         compile_loss(model, **kwargs)
@@ -137,6 +136,20 @@ class LayerGraphs:
             self._begin(layer, inputs)
         self._running[layer] = inputs._replace(tensors=[]) if self._captured else inputs.noted()
         return self._replays and layer.serves(inputs)
+
+    def watched(self, layer: _Layer, args: Any, kwargs: Any) -> Any:
+        """Run a layer, and note if it draws random numbers that its recompute would have to draw again."""
+        if self._captured or not layer.module.gradient_checkpointing:
+            return layer.run(args, kwargs)
+        before = self._random_numbers()
+        out = layer.run(args, kwargs)
+        if not torch.equal(before, self._random_numbers()):
+            self._running[layer] = self._running[layer]._replace(strange=_RANDOM)
+        return out
+
+    def _random_numbers(self) -> Tensor:
+        """The state that changes with each that is drawn. The host has it."""
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
 
     def awaits_backward(self, out: Any) -> None:
         """The memory of a pass is in use until its backward pass, or until nothing is left that could start one."""
@@ -223,7 +236,7 @@ class LayerGraphs:
         passes = [next(iter(each.values())) for each in (before, self._last) if each]
         strange = next((inputs.strange for inputs in self._last.values() if inputs.strange), None)
         if strange is not None:
-            reason = f"layers are called with {strange}, which no graph can hold"
+            reason = f"layers {strange}"
         else:
             shapes = " and then ".join(str([tuple(t.shape) for t in inputs.tensors]) for inputs in passes)
             reason = (
@@ -233,35 +246,41 @@ class LayerGraphs:
         warn_once(f"hf_moe_accel: {self._passes} passes, and no CUDA graph has been captured: {reason}.")
 
 
-class _Layer:
+class _Layer(CompiledLayer):
     """Stands for the forward function of a layer.
 
     Attributes:
         graphs: of the model.
-        module: the layer.
         captured: its graphs, if there are.
     """
 
-    def __init__(self, graphs: LayerGraphs, module: Any, compiled: Any) -> None:
-        functools.update_wrapper(self, module.forward)
-        self.graphs, self.module = graphs, module
+    def __init__(self, graphs: LayerGraphs, module: Any, **kwargs: Any) -> None:
+        super().__init__(module, **kwargs)
+        self.graphs = graphs
         self.captured: _Captured | None = None
-        self._compiled = compiled
+        self._in_graph = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replay, or run."""
-        checkpoints = getattr(self.module, "gradient_checkpointing", False)
-        if not (self.module.training and torch.is_grad_enabled()) or checkpoints:
+        if not (self.module.training and torch.is_grad_enabled()):
             return self.run(args, kwargs)
         inputs = _Inputs.of(args, kwargs)
         if not self.graphs.enter(self, inputs) or self.captured is None:
-            return self.run(args, kwargs)
+            return self.graphs.watched(self, args, kwargs)
         out = self.captured.forward(*inputs.tensors)
         self.graphs.awaits_backward(out)
         if self.graphs.stats is not None:
             for number, counted in self.captured.counted.items():
                 self.graphs.stats.repeat(number, counted)
         return out
+
+    def capture(self, args: Any, kwargs: Any) -> Any:
+        """What a graph is to hold."""
+        self._in_graph = True
+        try:
+            return self.run(args, kwargs)
+        finally:
+            self._in_graph = False
 
     def serves(self, inputs: _Inputs) -> bool:
         """Whether there is a graph for such inputs."""
@@ -271,11 +290,16 @@ class _Layer:
         """Without a graph."""
         # As in the capture, which must not find that it has to compile once more.
         with _without_autocast_cache(self.graphs.device.type):
-            return self._compiled(*args, **kwargs)
+            return super().run(args, kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied layer has the forward function that it had at first."""
-        return types.MethodType(type(self.module).forward, copy.deepcopy(self.module, memo))
+    def _checkpoint(self, function: Callable[..., Any], forward: functools.partial[Any], *args: Any) -> Any:
+        """In a graph without states of random numbers, which the host would read; see `LayerGraphs.watched`."""
+        if self._in_graph:
+            if getattr(function, "keywords", {}).get("use_reentrant") is not False:
+                # A graph's backward pass asks for gradients by name, which reentrant checkpointing does not serve.
+                function = functools.partial(checkpoint, use_reentrant=False, context_fn=keep_exchanges)
+            function = functools.partial(function, preserve_rng_state=False)
+        return super()._checkpoint(function, forward, *args)
 
 
 class _Signature(NamedTuple):
@@ -305,7 +329,7 @@ class _Inputs(NamedTuple):
     Attributes:
         tensors: in order.
         signature: equal for calls that one graph can serve; None if none can.
-        strange: what no graph can hold, if there is something.
+        strange: why no graph can hold the call, if none can.
     """
 
     tensors: list[Tensor]
@@ -318,9 +342,11 @@ class _Inputs(NamedTuple):
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        strange = next((f"a {type(each).__name__}" for each in constants if not isinstance(each, _CONSTANTS)), None)
+        strange = next((type(each).__name__ for each in constants if not isinstance(each, _CONSTANTS)), None)
         if kwargs.get("past_key_values") is not None:
             strange = "past_key_values"
+        if strange is not None:
+            strange = f"are called with {strange}, which no graph can hold"
         about = [(leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else None for leaf in leaves]
         return cls(tensors, None if strange else _Signature(spec, constants, about), strange)
 
@@ -359,7 +385,7 @@ class _Captured(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Any:
         """What is captured; the graph takes its place."""
-        return self._layer.run(*self.signature.call(tensors))
+        return self._layer.capture(*self.signature.call(tensors))
 
 
 class _Backward:

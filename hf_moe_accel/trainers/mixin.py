@@ -189,7 +189,7 @@ class AcceleratedMoEMixin(CheckpointMixin):
             return
         kwargs = plugin.to_kwargs()
         if plugin.mode == "reduce-overhead" and self.args.device.type == "cuda":
-            reason = cuda_graphs.why_not(base, runtime, checkpoints=self.args.activation_checkpointing)
+            reason = cuda_graphs.why_not(base, runtime)
             if reason is not None:
                 raise ValueError(f"torch_compile_mode='reduce-overhead' makes CUDA graphs of layers, but {reason}.")
             del kwargs["mode"]  # torch.compile would make others

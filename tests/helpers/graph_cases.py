@@ -24,12 +24,14 @@ class Case(NamedTuple):
         replayed: how many passes graphs are to replay.
         adapted: whether the model has adapters on attention and experts, which train alone.
         model: the type of the model.
+        checkpoints: how activations are checkpointed, if they are.
     """
 
     script: str
     replayed: int
     adapted: bool = False
     model: str = "qwen3_moe"
+    checkpoints: dict[str, Any] | None = None
 
 
 # With biases and windows of attention, shared experts, layers without experts, layers of several kinds.
@@ -46,6 +48,9 @@ CASES = {
     "another length in between": Case("tttstst", 3),
     "adapters are switched off in between": Case("tttotot", 5, adapted=True),
     "no two passes are alike": Case("tststst", 0),
+    "checkpointing": Case("tttttt", 4, checkpoints={"use_reentrant": False}),
+    "checkpointing, gradients add up": Case("tttpptpetppt", 9, adapted=True, checkpoints={"use_reentrant": False}),
+    "reentrant checkpointing": Case("ttt2t2t", 5, checkpoints={"use_reentrant": True}),
     **{name: Case("ttpptt", 4, model=name) for name in OTHER_MODELS},
 }
 
@@ -134,10 +139,13 @@ def run(case: Case, device: torch.device, *, graphs: bool, **kwargs: Any) -> tup
     made: Any = Adapted(case.model, dtype)() if case.adapted else tiny_model(case.model, dtype=dtype)
     made.to(device)
     model = prepare_moe_model(made)
+    if case.checkpoints is not None:
+        model.activation_checkpointing_enable(case.checkpoints)
+        model.enable_input_require_grads()
     base, runtime = base_of(model), runtime_of(model)
     assert runtime is not None and runtime.stats is not None
     if graphs:
-        assert why_not(base, runtime, checkpoints=False) is None or device.type == "cpu"
+        assert why_not(base, runtime) is None or device.type == "cpu"
         LayerGraphs(base, runtime, device, **kwargs)
     else:
         compile_layers(base, **kwargs)

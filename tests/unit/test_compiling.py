@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from hf_moe_accel import AcceleratedMoETrainer
+from hf_moe_accel import AcceleratedMoETrainer, prepare_moe_model
+from hf_moe_accel.hf.compiling import CompiledLayer, compile_layers
 from tests.helpers.models import tiny_model
 from tests.unit.test_bad_input import arguments
 
@@ -50,7 +52,7 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def assert_compiled(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    assert layers and all(layer._compiled_call_impl is not None for layer in layers)
+    assert layers and all(isinstance(layer.forward, CompiledLayer) for layer in layers)
 
 
 def with_sdpa() -> Any:
@@ -69,6 +71,40 @@ def test_layers_are_compiled_in_place(tmp_path: Path, masks: list[Any]) -> None:
     assert_compiled(model)
     assert list(model.state_dict()) == names, "a wrapper has come between"
     assert masks == [None, None], "a causal mask was written out"
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_layers_are_compiled_in_both_passes(use_reentrant: bool) -> None:
+    in_backward: list[bool] = []
+
+    def backend(module: Any, _: Any) -> Any:
+        def compiled(*args: Any) -> Any:
+            in_backward.append(torch._C._current_graph_task_id() != -1)
+            return module.forward(*args)
+
+        return compiled
+
+    ids = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+    losses, grads, compiled = [], [], []
+    for compiles in (False, True):
+        model = prepare_moe_model(with_sdpa())
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        if compiles:
+            compile_layers(model, backend=backend)
+        for _ in range(2):
+            in_backward.clear()
+            loss = model.train()(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            compiled.append((in_backward.count(False), in_backward.count(True)))
+        losses.append(loss.item())
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    torch.testing.assert_close(grads[0], grads[1])
+    num_layers = model.config.num_hidden_layers
+    plain, again = compiled[:2], compiled[2:]
+    assert plain == [(0, 0)] * 2 and again[0] == again[1]
+    assert again[0][0] > num_layers and again[0][1] >= num_layers, "forward and recompute"
+    assert copy.deepcopy(model).model.layers[0]._gradient_checkpointing_func is not None
 
 
 def test_arguments_serve_two_trainers(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def test_replays_change_nothing(name: str, double: Graphs) -> None:
     assert double.replays == replayed * num_layers, "not all layers were replayed"
 
 
-def graphed() -> tuple[Any, LayerGraphs]:
-    model = prepare_moe_model(tiny_model("qwen3_moe"))
+def graphed(**config: Any) -> tuple[Any, LayerGraphs]:
+    model = prepare_moe_model(tiny_model("qwen3_moe", **config))
     runtime = runtime_of(model)
     assert runtime is not None
     return model, LayerGraphs(model, runtime, CPU, disable=True)
@@ -111,35 +111,42 @@ def test_what_no_graph_can_hold_is_named(caplog: pytest.LogCaptureFixture) -> No
     assert "past_key_values" in said and graphs.replayed == 0
 
 
-REFUSED: list[tuple[dict[str, Any], dict[str, Any], bool, str]] = [
-    ({}, {"check_tokens": True, "expert_backend": "grouped_mm"}, False, "check_tokens=True reads values"),
-    ({}, {"expert_backend": "eager"}, False, "EagerBackend reads .* how many rows .*expert_backend='fused'"),
-    ({}, {"expert_backend": "grouped_mm"}, True, "activation checkpointing computes layers again"),
-    (
-        {"output_router_logits": True},
-        {"expert_backend": "grouped_mm"},
-        False,
-        "output_router_logits=True takes logits",
-    ),
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_random_numbers_are_not_captured_if_a_recompute_needs_them(
+    checkpoints: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+    model, graphs = graphed(attention_dropout=0.1)
+    if checkpoints:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    with caplog.at_level(logging.WARNING, "hf_moe_accel"):
+        Loop(model, CPU).run("t" * 21)
+    said = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert len(said) == checkpoints and graphs.replayed == (0 if checkpoints else 19)
+    assert all("layers draw random numbers, such as for dropout" in each for each in said)
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"check_tokens": True, "expert_backend": "grouped_mm"}, "check_tokens=True reads values"),
+    ({}, {"expert_backend": "eager"}, "EagerBackend reads .* how many rows .*expert_backend='fused'"),
+    ({"output_router_logits": True}, {"expert_backend": "grouped_mm"}, "output_router_logits=True takes logits"),
 ]
 
 
-@pytest.mark.parametrize(("config", "choices", "checkpoints", "message"), REFUSED)
-def test_what_graphs_cannot_hold_is_refused(
-    config: dict[str, Any], choices: dict[str, Any], checkpoints: bool, message: str
-) -> None:
+@pytest.mark.parametrize(("config", "choices", "message"), REFUSED)
+def test_what_graphs_cannot_hold_is_refused(config: dict[str, Any], choices: dict[str, Any], message: str) -> None:
     model = prepare_moe_model(tiny_model("qwen3_moe", **config), MoEAccelConfig(**choices))
     runtime = runtime_of(model)
     assert runtime is not None
-    assert re.search(message, why_not(model, runtime, checkpoints=checkpoints) or "")
+    assert re.search(message, why_not(model, runtime) or "")
 
 
 def test_several_processes_are_refused() -> None:
     model = prepare_moe_model(tiny_model("qwen3_moe"), MoEAccelConfig(expert_backend="grouped_mm"))
     runtime = runtime_of(model)
-    assert runtime is not None and why_not(model, runtime, checkpoints=False) is None
+    assert runtime is not None and why_not(model, runtime) is None
     runtime.topology = ExpertTopology(2, 8, ep_size=2)
-    assert "with 2 processes the host reads" in (why_not(model, runtime, checkpoints=False) or "")
+    assert "with 2 processes the host reads" in (why_not(model, runtime) or "")
 
 
 def test_on_a_cpu_layers_are_compiled_without_graphs(tmp_path: Path) -> None:
