@@ -39,7 +39,7 @@ def settings_of(arm: str, cell: dict[str, Any], found: dict[str, Any]) -> str:
     if own.get("accumulation", 1) > 1:
         said.append(f"{own['accumulation']} passes a step")
     said += {"on": ["compiled"], "reduce-overhead": ["CUDA graphs"]}.get(own.get("compile", "off"), [])
-    if own.get("expert_checkpointing", "activation") != "activation" and arm == "ours":
+    if own.get("expert_checkpointing", "activation") != "activation" and arm.startswith("ours"):
         said.append(f"experts' {own['expert_checkpointing']}")
     return ", ".join(said)
 
