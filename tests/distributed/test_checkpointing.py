@@ -12,6 +12,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from hf_moe_accel import MoEAccelConfig, prepare_moe_model
 from hf_moe_accel.dispatch.all_to_all import AllToAllDispatcher
+from hf_moe_accel.hf.compiling import compile_layers
 from hf_moe_accel.moe import replay
 from tests.helpers.grids import slow
 from tests.helpers.models import tiny_model
@@ -28,7 +29,12 @@ def save_everything(*_: Any) -> Any:
 
 
 def gradients(
-    checkpointing: dict[str, Any] | None, when: str = "after", passes: int = 1, level: str = "activation"
+    checkpointing: dict[str, Any] | None,
+    when: str = "after",
+    passes: int = 1,
+    level: str = "activation",
+    *,
+    compiles: bool = False,
 ) -> dict[str, Any]:
     """Loss, gradients and the number of exchanges of a backward pass."""
     model = tiny_model("qwen3_moe")
@@ -37,6 +43,8 @@ def gradients(
     model = prepare_moe_model(model, MoEAccelConfig(ep_size=2, expert_checkpointing=level))
     if checkpointing is not None and when == "after":
         model.activation_checkpointing_enable(checkpointing)
+    if compiles:
+        compile_layers(model, backend="aot_eager")
     model.train()
     sent = []
     exchange = AllToAllDispatcher._exchange
@@ -70,6 +78,14 @@ def test_a_recompute_sends_nothing(when: str) -> None:
         assert plain["sent"] == kept["sent"] == EXCHANGES_FORWARD + EXCHANGES_BACKWARD
         assert kept["choices"] == plain["choices"], "the recompute was counted as well"
         assert_close(kept["loss"], plain["loss"], "exact")
+        assert_close(kept["grads"], plain["grads"], "training")
+
+
+def test_a_compiled_recompute_sends_nothing() -> None:
+    plains = run_ranks(gradients, 2, None)
+    for plain, kept in zip(plains, run_ranks(gradients, 2, {"use_reentrant": False}, compiles=True), strict=True):
+        assert kept["sent"] == EXCHANGES_FORWARD + EXCHANGES_BACKWARD
+        assert kept["choices"] == plain["choices"]
         assert_close(kept["grads"], plain["grads"], "training")
 
 

@@ -808,12 +808,15 @@ def one_layer() -> PreTrainedModel:
     "torch_compile",
     "torch_compile_backend",
     "torch_compile_mode",
-    note="Losses as without. Layer by layer, and the loss; the exchange of tokens and the experts are left out. On "
+    note="Losses as without. Layer by layer, within checkpoints of activations, and the loss; the exchange of tokens "
+    "and the experts are left out. On "
     'several GPUs "reduce-overhead" is refused: it makes CUDA graphs of layers, in one process.',
 )
+@pytest.mark.parametrize("checkpoints", [True, *slow(False)])
 @pytest.mark.parametrize("backend", ["eager", *slow("aot_eager")])
-def test_torch_compile(backend: str, tmp_path: Path) -> None:
+def test_torch_compile(backend: str, checkpoints: bool, tmp_path: Path) -> None:
     arguments = {"torch_compile": True, "torch_compile_backend": backend, "torch_compile_mode": "default"}
+    arguments["gradient_checkpointing"] = checkpoints
     compare_with_plain_arguments(tmp_path, arguments, model=one_layer)
 
 
