@@ -32,6 +32,7 @@ from hf_moe_accel.experts.base import (
 from hf_moe_accel.experts.common import Formulas, as_in_out, detached, dot, weighted
 from hf_moe_accel.ops.gates import GateFormula
 from hf_moe_accel.ops.permutation import Dispatched, sum_segments
+from hf_moe_accel.ops.reuse import ReusedMemory
 
 _BLOCK_SIZES = (8, 4, 2, 1)
 # Of a block and of a group, unless a single expert has more: beyond, a call costs little against what it does, and
@@ -50,6 +51,7 @@ class PaddedBMMBackend(ExpertBackend):
     def __init__(self) -> None:
         self._formulas = Formulas()
         self._scratch = torch.empty(0)
+        self._memory = ReusedMemory()
 
     @staticmethod
     def why_not(spec: ExpertsSpec, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -119,7 +121,7 @@ class PaddedBMMBackend(ExpertBackend):
         up, down = (projection.transposed() for projection in _projections(spec, weights))
         num_up_thin, num_thin = len(up.lora), len(up.lora) + len(down.lora)
         up_thin, down_thin, (h_SM, *y_SD) = saved[:num_up_thin], saved[num_up_thin:num_thin], saved[num_thin:]
-        of = _empty(weights, needs)
+        of = self._gradients(weights, needs)
         norm = None if spec.post_norm is None else detached(weights.post_norm)
         grad_norm = None if norm is None else torch.zeros_like(norm, dtype=torch.float32)
         grad_routing_S = torch.empty_like(padded.weights_S) if need_routing else None
@@ -190,6 +192,14 @@ class PaddedBMMBackend(ExpertBackend):
             with torch.inference_mode(False):  # what is made in it could not be written to outside
                 self._scratch = like_ND.new_empty(num)
         return self._scratch[:num].view(num_slots, like_ND.size(1))
+
+    def _gradients(self, weights: ExpertWeights, needs: NeededGrads) -> WeightGrads:
+        """Room for those of the parameters that train."""
+        flat = (
+            self._memory.empty_like(weight) if weight is not None and need else None
+            for weight, need in zip(weights.flat(), needs.flat(), strict=True)
+        )
+        return WeightGrads.of(list(flat), len(weights.up_lora))
 
     def _activate(self, spec: ExpertsSpec, h_SM: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The activation of a group, and what takes its gradient to that of the pre-activation."""
@@ -359,15 +369,6 @@ def _add_bias(group: Group, bias_eM: Tensor, rows_SM: Tensor) -> None:
 def _projections(spec: ExpertsSpec, weights: ExpertWeights) -> tuple[Projection, Projection]:
     up_eDM, down_eID = as_in_out(spec, weights)
     return Projection(up_eDM, weights.up_lora), Projection(down_eID, weights.down_lora)
-
-
-def _empty(weights: ExpertWeights, needs: NeededGrads) -> WeightGrads:
-    """Room for the gradients of the parameters that train."""
-    flat = (
-        torch.empty_like(weight) if weight is not None and need else None
-        for weight, need in zip(weights.flat(), needs.flat(), strict=True)
-    )
-    return WeightGrads.of(list(flat), len(weights.up_lora))
 
 
 def _grads_of_factors(
