@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_moe_accel.log import warn_once
@@ -23,6 +24,17 @@ def keep_exchanges_when_checkpointing(model: Any) -> None:
     model.register_forward_pre_hook(functools.partial(_hook, layers))
 
 
+def has_own_context(function: Any) -> bool:
+    """Whether a layer's checkpointing function has a `context_fn` that is not ours."""
+    return getattr(function, "keywords", {}).get("context_fn") not in (None, keep_exchanges)
+
+
+def is_torchs(function: Any) -> bool:
+    """Whether a layer's checkpointing function is that of torch, perhaps watched by us, and not one around it."""
+    inner = function.args[0] if getattr(function, "func", None) is compare_routing else function
+    return getattr(inner, "func", inner) is checkpoint
+
+
 def _hook(layers: Sequence[Any], model: Any, args: Any) -> None:
     for layer in layers:
         if not (layer.training and layer.gradient_checkpointing):
@@ -33,10 +45,9 @@ def _hook(layers: Sequence[Any], model: Any, args: Any) -> None:
         if function.keywords.get("use_reentrant", True):
             layer._gradient_checkpointing_func = functools.partial(compare_routing, function)
             continue
-        chosen = function.keywords.get("context_fn")
-        if chosen is None:
+        if function.keywords.get("context_fn") is None:
             layer._gradient_checkpointing_func = functools.partial(function, context_fn=keep_exchanges)
-        elif chosen is not keep_exchanges:
+        elif has_own_context(function):
             warn_once(
                 "hf_moe_accel: activation checkpointing has a context_fn of its own, so every recompute sends the "
                 "tokens of the MoE layers again. Without it the received tokens are kept instead."

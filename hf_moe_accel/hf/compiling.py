@@ -12,6 +12,8 @@ import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_moe_accel.hf.checkpointing import has_own_context
+
 
 def dynamo_plugin(args: Any) -> TorchDynamoPlugin | None:
     """How `TrainingArguments` or the environment say to compile, as Trainer reads them; None where they do not."""
@@ -62,6 +64,9 @@ class CompiledLayer:
 
     def _checkpoint(self, function: Callable[..., Any], forward: functools.partial[Any], *args: Any) -> Any:
         """`function(forward, *args)`, as transformers calls it, of what is compiled."""
+        if has_own_context(function):
+            # It chooses among operations, which a compiled layer no longer has.
+            return function(forward, *args)
         if self._checkpointed is None:
             self._checkpointed = self._compile(forward.func)
         return function(functools.partial(self._checkpointed, *forward.args, **forward.keywords), *args)

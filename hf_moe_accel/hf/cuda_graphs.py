@@ -12,6 +12,11 @@ When two training passes were alike in all their layers, and a third one begins 
 compiled, tuned and allocated. The layers are captured in the order in which they run, so that all graphs share one
 pool of memory, which is that of a pass's activations.
 
+[Note: activation checkpointing]
+The graph of a checkpointed layer's forward pass keeps its inputs alone, and that of its backward pass computes the
+layer again, in memory that all layers share. States of random numbers are left out, which the host would read: a layer
+that draws any is not captured.
+
 [Note: the gradients of parameters]
 A graph writes them to the same memory each time, and autograd takes that memory for `.grad` as it is. Before a pass
 replays anything, gradients that are still there, since they add up over passes, get memory of their own.
@@ -31,6 +36,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from hf_moe_accel.experts.base import ExpertBackend
+from hf_moe_accel.hf.checkpointing import is_torchs
 from hf_moe_accel.hf.compiling import CompiledLayer, compile_loss, layers_of
 from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.moe.replay import keep_exchanges
@@ -43,6 +49,10 @@ _PATIENCE = 20
 _RANDOM = (
     "draw random numbers, such as for dropout, which with activation checkpointing no graph draws twice alike: leave "
     "one of the two out"
+)
+_ELSEWHERE = (
+    "are checkpointed by more than torch's function, such as to the host's memory (offload=True), which no graph can "
+    "hold: leave that out, or torch_compile_mode"
 )
 # What a layer may be given beside tensors: a graph is good for one value of each.
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -138,13 +148,16 @@ class LayerGraphs:
         return self._replays and layer.serves(inputs)
 
     def watched(self, layer: _Layer, args: Any, kwargs: Any) -> Any:
-        """Run a layer, and note if it draws random numbers that its recompute would have to draw again."""
+        """Run a layer, and note why none can hold it that is checkpointed, if none can."""
         if self._captured or not layer.module.gradient_checkpointing:
             return layer.run(args, kwargs)
         before = self._random_numbers()
         out = layer.run(args, kwargs)
-        if not torch.equal(before, self._random_numbers()):
-            self._running[layer] = self._running[layer]._replace(strange=_RANDOM)
+        strange = None if torch.equal(before, self._random_numbers()) else _RANDOM
+        if not is_torchs(layer.module._gradient_checkpointing_func):
+            strange = _ELSEWHERE
+        if strange is not None:
+            self._running[layer] = self._running[layer]._replace(strange=strange)
         return out
 
     def _random_numbers(self) -> Tensor:
@@ -293,7 +306,7 @@ class _Layer(CompiledLayer):
             return super().run(args, kwargs)
 
     def _checkpoint(self, function: Callable[..., Any], forward: functools.partial[Any], *args: Any) -> Any:
-        """In a graph without states of random numbers, which the host would read; see `LayerGraphs.watched`."""
+        """See [Note: activation checkpointing]."""
         if self._in_graph:
             if getattr(function, "keywords", {}).get("use_reentrant") is not False:
                 # A graph's backward pass asks for gradients by name, which reentrant checkpointing does not serve.

@@ -24,7 +24,7 @@ class Case(NamedTuple):
         replayed: how many passes graphs are to replay.
         adapted: whether the model has adapters on attention and experts, which train alone.
         model: the type of the model.
-        checkpoints: how activations are checkpointed, if they are.
+        checkpoints: arguments of `activation_checkpointing_enable`, if it is called.
     """
 
     script: str
@@ -36,6 +36,9 @@ class Case(NamedTuple):
 
 # With biases and windows of attention, shared experts, layers without experts, layers of several kinds.
 OTHER_MODELS = ("mixtral", "gpt_oss", "deepseek_v3", "olmoe", "nemotron_h", "glm4_moe")
+NOT_REENTRANT, REENTRANT = (
+    {"activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}} for use_reentrant in (False, True)
+)
 CASES = {
     # Two passes are noted; the third one and those after it are replayed.
     "full": Case("tttttt", 4),
@@ -48,9 +51,12 @@ CASES = {
     "another length in between": Case("tttstst", 3),
     "adapters are switched off in between": Case("tttotot", 5, adapted=True),
     "no two passes are alike": Case("tststst", 0),
-    "checkpointing": Case("tttttt", 4, checkpoints={"use_reentrant": False}),
-    "checkpointing, gradients add up": Case("tttpptpetppt", 9, adapted=True, checkpoints={"use_reentrant": False}),
-    "reentrant checkpointing": Case("ttt2t2t", 5, checkpoints={"use_reentrant": True}),
+    "checkpointing": Case("tttttt", 4, checkpoints=NOT_REENTRANT),
+    "checkpointing, gradients add up": Case("tttpptpetppt", 9, adapted=True, checkpoints=NOT_REENTRANT),
+    "every second layer is checkpointed": Case(
+        "tttttt", 4, adapted=True, checkpoints=NOT_REENTRANT | {"every_n_layers": 2}
+    ),
+    "reentrant checkpointing": Case("ttt2t2t", 5, checkpoints=REENTRANT),
     **{name: Case("ttpptt", 4, model=name) for name in OTHER_MODELS},
 }
 
@@ -140,7 +146,7 @@ def run(case: Case, device: torch.device, *, graphs: bool, **kwargs: Any) -> tup
     made.to(device)
     model = prepare_moe_model(made)
     if case.checkpoints is not None:
-        model.activation_checkpointing_enable(case.checkpoints)
+        model.activation_checkpointing_enable(**case.checkpoints)
         model.enable_input_require_grads()
     base, runtime = base_of(model), runtime_of(model)
     assert runtime is not None and runtime.stats is not None

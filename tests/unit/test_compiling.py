@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3_moe import modeling_qwen3_moe
@@ -105,6 +107,22 @@ def test_checkpointed_layers_are_compiled_in_both_passes(use_reentrant: bool) ->
     assert plain == [(0, 0)] * 2 and again[0] == again[1]
     assert again[0][0] > num_layers and again[0][1] >= num_layers, "forward and recompute"
     assert copy.deepcopy(model).model.layers[0]._gradient_checkpointing_func is not None
+
+
+def test_what_a_context_is_to_keep_is_not_compiled() -> None:
+    compiled: list[Any] = []
+
+    def backend(module: Any, _: Any) -> Any:
+        compiled.append(module)
+        return module.forward
+
+    model = prepare_moe_model(with_sdpa())
+    context = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context})
+    compile_layers(model, backend=backend)
+    ids = torch.arange(3, 19)[None]
+    model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert len(compiled) == 1, "the loss"
 
 
 def test_arguments_serve_two_trainers(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import re
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from hf_moe_accel import MoEAccelConfig, prepare_moe_model
 from hf_moe_accel.hf.cuda_graphs import LayerGraphs, why_not
@@ -124,6 +127,23 @@ def test_random_numbers_are_not_captured_if_a_recompute_needs_them(
     said = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
     assert len(said) == checkpoints and graphs.replayed == (0 if checkpoints else 19)
     assert all("layers draw random numbers, such as for dropout" in each for each in said)
+
+
+def test_what_is_checkpointed_elsewhere_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    model, graphs = graphed()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+    def offloading(*args: Any, **kwargs: Any) -> Any:
+        with save_on_cpu():
+            return checkpoint(*args, **kwargs)
+
+    for layer in model.model.layers:
+        layer._gradient_checkpointing_func = functools.partial(offloading, use_reentrant=False)
+    with caplog.at_level(logging.WARNING, "hf_moe_accel"):
+        Loop(model, CPU).run("t" * 21)
+    (said,) = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert "layers are checkpointed by more than torch's function" in said and graphs.replayed == 0
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
