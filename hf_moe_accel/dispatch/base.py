@@ -145,6 +145,10 @@ class TokenDispatcher(ABC):
             [T_chunk, D].
         """
 
+    def plan_to_combine(self, plan: Any) -> Any:
+        """What `combine_backward` needs of a plan."""
+        return plan
+
     @abstractmethod
     def combine_backward(self, grad_TD: Tensor, plan: Any, chunk: int) -> Pending[Tensor]:
         """The transpose of `combine`: [T, D] gradient of all tokens' outputs -> [N, D] of the chunk's rows."""

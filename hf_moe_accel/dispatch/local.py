@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -58,6 +58,10 @@ class LocalDispatcher(TokenDispatcher):
     def combine(self, y_ND: Tensor, plan: LocalPlan, chunk: int) -> Pending[Tensor]:
         """A row is a token: nothing to do."""
         return Pending.done(y_ND)
+
+    def plan_to_combine(self, plan: LocalPlan) -> LocalPlan:
+        """No tensor: what the experts keep is the last that a recompute has to bring back."""
+        return replace(plan, ids_of_chunk=())
 
     def combine_backward(self, grad_TD: Tensor, plan: LocalPlan, chunk: int) -> Pending[Tensor]:
         """A row is a token: nothing to do."""

@@ -189,7 +189,7 @@ class ExpertBackend(ABC):
     @abstractmethod
     def forward(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
         """Compute.
 
         Args:
@@ -198,7 +198,8 @@ class ExpertBackend(ABC):
             rows: in the same dtype.
 
         Returns:
-            ([N, D] the weighted sum over each row's experts, tensors to keep for the backward pass).
+            (computes [N, D] the weighted sum over each row's experts, tensors to keep for the backward pass). What
+            only the sum needs is left to the first, which is called once, or never: in `keep`, and in a recompute.
         """
 
     def keep(self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> tuple[Tensor, ...]:

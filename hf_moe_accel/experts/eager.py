@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,9 @@ class EagerBackend(ExpertBackend):
 
     def forward(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
         """Loop over the experts that have rows."""
-        return _loop(spec, weights, rows), ()
+        return lambda: _loop(spec, weights, rows), ()
 
     def backward_rows(
         self,

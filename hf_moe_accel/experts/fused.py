@@ -10,7 +10,8 @@ backward, so it is kept without) and for the activation's gradient, and the sum 
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -76,19 +77,23 @@ class FusedBackend(ExpertBackend):
 
     def forward(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
         """Gather, up, gate and weight, down, sum. Keeps the pre-activation, and the output before a post-norm."""
         rows, groups = self._arrange(rows)
         ends_e = groups[0]
         _, down_eID = as_in_out(spec, weights)
         h_RM, up_thin, product = self._up(spec, weights, rows, groups)
         if spec.post_norm is None:
-            a_RI = self._activate(spec, h_RM, rows.weights_R, ends_e, weights.up_bias, product)
-            down_thin = _thin(a_RI, weights.down_lora, ends_e)
-            out_ND = self._sum_products(
-                a_RI, down_eID, _from_thin(down_thin, weights.down_lora), rows, groups, weights.down_bias
-            )
-            return out_ND, (*groups, *up_thin, *down_thin, h_RM)
+            activate = partial(self._activate, spec, h_RM, rows.weights_R, ends_e, weights.up_bias, product)
+            activated_RI = activate() if weights.down_lora else None
+            down_thin = () if activated_RI is None else _thin(activated_RI, weights.down_lora, ends_e)
+
+            def sum_ND() -> Tensor:
+                a_RI = activate() if activated_RI is None else activated_RI
+                thin_products = _from_thin(down_thin, weights.down_lora)
+                return self._sum_products(a_RI, down_eID, thin_products, rows, groups, weights.down_bias)
+
+            return sum_ND, (*groups, *up_thin, *down_thin, h_RM)
         a_RI = self._activate(spec, h_RM, None, ends_e, weights.up_bias, product)
         y_RD = self._linear(a_RI, down_eID, groups)
         down_thin = _thin(a_RI, weights.down_lora, ends_e)
@@ -97,21 +102,11 @@ class FusedBackend(ExpertBackend):
         if weights.down_bias is not None:
             y_RD += _of_rows(weights.down_bias, ends_e, y_RD.size(0))
         assert weights.post_norm is not None
-        normed_RD = spec.post_norm(y_RD, weights.post_norm.detach())
-        out_ND = self._sum_segments(normed_RD, rows.r_of_P, rows.start_of_N, weights_R=rows.weights_R)
-        return out_ND, (*groups, *up_thin, *down_thin, h_RM, y_RD)
-
-    def keep(self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> tuple[Tensor, ...]:
-        """Without the second projection, where none of its results is kept."""
-        if spec.post_norm is not None:
-            return super().keep(spec, weights, rows)
-        rows, groups = self._arrange(rows)
-        h_RM, up_thin, product = self._up(spec, weights, rows, groups)
-        down_thin: tuple[Tensor, ...] = ()
-        if weights.down_lora:
-            a_RI = self._activate(spec, h_RM, rows.weights_R, groups[0], weights.up_bias, product)
-            down_thin = _thin(a_RI, weights.down_lora, groups[0])
-        return (*groups, *up_thin, *down_thin, h_RM)
+        norm = partial(spec.post_norm, y_RD, weights.post_norm.detach())
+        return (
+            lambda: self._sum_segments(norm(), rows.r_of_P, rows.start_of_N, weights_R=rows.weights_R),
+            (*groups, *up_thin, *down_thin, h_RM, y_RD),
+        )
 
     def backward_rows(
         self,

@@ -42,34 +42,35 @@ class GroupedMMBackend(ExpertBackend):
 
     def forward(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
         """Gather, up, gate and weight, down, sum. Keeps the pre-activation, and the output where it is weighted."""
         ends_e = _ends(rows)
         _, down_eID = as_in_out(spec, weights)
         h_RM, up_thin = self._up(spec, weights, rows, ends_e)
-        a_RI = spec.gate(h_RM)
         if spec.weights_before_down:
-            into_down_RI = weighted(a_RI, rows.weights_R)
-            down_thin = _thin(into_down_RI, weights.down_lora, ends_e)
-            products = [(into_down_RI, down_eID), *_from_thin(down_thin, weights.down_lora)]
-            return _sum_products(products, rows, ends_e), (*up_thin, *down_thin, h_RM)
+
+            def activate() -> Tensor:
+                return weighted(spec.gate(h_RM), rows.weights_R)
+
+            activated_RI = activate() if weights.down_lora else None
+            down_thin = () if activated_RI is None else _thin(activated_RI, weights.down_lora, ends_e)
+
+            def sum_ND() -> Tensor:
+                a_RI = activate() if activated_RI is None else activated_RI
+                products = [(a_RI, down_eID), *_from_thin(down_thin, weights.down_lora)]
+                return _sum_products(products, rows, ends_e)
+
+            return sum_ND, (*up_thin, *down_thin, h_RM)
+        a_RI = spec.gate(h_RM)
         y_RD, down_thin = _linear(a_RI, down_eID, weights.down_lora, ends_e)
         if weights.down_bias is not None:
             y_RD += _by_row(weights.down_bias, rows)
-        normed_RD = _post_norm(spec, weights, y_RD)
-        out_ND = sum_segments(weighted(normed_RD, rows.weights_R), rows.r_of_P, rows.start_of_N)
-        return out_ND, (*up_thin, *down_thin, h_RM, y_RD)
 
-    def keep(self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> tuple[Tensor, ...]:
-        """Without the second projection, where its result is not kept."""
-        if not spec.weights_before_down:
-            return super().keep(spec, weights, rows)
-        ends_e = _ends(rows)
-        h_RM, up_thin = self._up(spec, weights, rows, ends_e)
-        down_thin: tuple[Tensor, ...] = ()
-        if weights.down_lora:
-            down_thin = _thin(weighted(spec.gate(h_RM), rows.weights_R), weights.down_lora, ends_e)
-        return (*up_thin, *down_thin, h_RM)
+        def weighted_sum_ND() -> Tensor:
+            normed_RD = _post_norm(spec, weights, y_RD)
+            return sum_segments(weighted(normed_RD, rows.weights_R), rows.r_of_P, rows.start_of_N)
+
+        return weighted_sum_ND, (*up_thin, *down_thin, h_RM, y_RD)
 
     def backward_rows(
         self,

@@ -62,7 +62,7 @@ class PaddedBMMBackend(ExpertBackend):
 
     def forward(
         self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
         """Group by group: gather, up, gate and weight, down. Then the sum."""
         padded = _pad(rows)
         up, down = _projections(spec, weights)
@@ -85,7 +85,8 @@ class PaddedBMMBackend(ExpertBackend):
                     y = spec.post_norm(y, detached(weights.post_norm))
                 weighted(y, weights_S, out=weighted_y_SD[group.slots])
         kept = (*up_thin, *down_thin, h_SM) if spec.weights_before_down else (*up_thin, *down_thin, h_SM, y_SD)
-        return padded.sum(weighted_y_SD), kept
+        out_ND = padded.sum(weighted_y_SD)  # of memory that the next call writes to
+        return lambda: out_ND, kept
 
     def keep(self, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched) -> tuple[Tensor, ...]:
         """Without the second projection, where nothing of it is kept."""

@@ -157,7 +157,7 @@ class _Arrival(torch.autograd.Function):
     def forward(ctx: Any, under_way: _UnderWay, ticket: Tensor) -> Tensor:
         assert under_way.result is not None
         result, under_way.result = under_way.result, None
-        tensors, skeleton = _take_tensors(under_way.plan)
+        tensors, skeleton = _take_tensors(under_way.dispatcher.plan_to_combine(under_way.plan))
         under_way.plan = None
         ctx.save_for_backward(*tensors)
         ctx.call = (under_way, skeleton)

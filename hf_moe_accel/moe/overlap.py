@@ -132,20 +132,31 @@ def send_and_compute(
     rows: list[Dispatched] = []
     saved: list[tuple[Tensor, ...]] = []
     out: list[Tensor] = []
+
+    def send_back(result: Callable[[], Tensor], i: int) -> None:
+        with timed("experts"):
+            y_ND = result()
+        with timed("combine"):
+            returning.append(dispatcher.combine(y_ND, plan, i))
+
     for i in range(chunks):
         with timed("dispatch"):
             if i + 1 < chunks:
                 arriving.append(dispatcher.dispatch(x_TD, weights_TK, plan, i + 1))
             rows.append(place.wait(arriving[i], "forward, dispatch", i, chunks))
         with timed("experts"):
-            y_ND, kept = backend.forward(call.spec, call.weights, rows[i])
+            result, kept = backend.forward(call.spec, call.weights, rows[i])
         saved.append(kept)
+        if dispatcher.moves_rows or i + 1 < chunks:
+            send_back(result, i)
         with timed("combine"):
-            returning.append(dispatcher.combine(y_ND, plan, i))
             if i > 0:
                 out.append(place.wait(returning[i - 1], "forward, combine", i - 1, chunks))
 
     def finish() -> Tensor:
+        if not dispatcher.moves_rows:
+            # Not before: a recompute ends here, where nobody reads the result.
+            send_back(result, chunks - 1)
         with timed("combine"):
             out.append(place.wait(returning[-1], "forward, combine", chunks - 1, chunks))
             joined: Tensor = _joined(out)

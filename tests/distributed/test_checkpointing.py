@@ -12,6 +12,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from hf_moe_accel import MoEAccelConfig, prepare_moe_model
 from hf_moe_accel.dispatch.all_to_all import AllToAllDispatcher
+from hf_moe_accel.experts.grouped_mm import GroupedMMBackend
 from hf_moe_accel.hf.compiling import compile_layers
 from hf_moe_accel.moe import replay
 from tests.helpers.grids import slow
@@ -108,6 +109,35 @@ def test_reentrant_and_a_context_of_the_user_send_once_again(checkpointing: dict
     for plain, again in zip(run_ranks(gradients, 2, None), run_ranks(gradients, 2, checkpointing), strict=True):
         assert again["sent"] == 2 * EXCHANGES_FORWARD + EXCHANGES_BACKWARD
         assert_close(again["grads"], plain["grads"], "training")
+
+
+@pytest.mark.parametrize(("kind", "again"), [("qwen3_moe", 0), ("deepseek_v3", 1)])
+def test_on_one_rank_a_recompute_ends_where_the_result_is_not_read(
+    kind: str, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared experts come after it."""
+    called: list[str] = []
+    forward = GroupedMMBackend.forward
+
+    def spy(*args: Any) -> Any:
+        result, kept = forward(*args)
+        called.append("forward")
+        return lambda: called.append("result") or result(), kept
+
+    monkeypatch.setattr(GroupedMMBackend, "forward", spy)
+    grads = []
+    for checkpointing in (None, {"use_reentrant": False}):
+        model = prepare_moe_model(tiny_model(kind), MoEAccelConfig(expert_backend="grouped_mm"))
+        num_layers = sum("moe_binding" in vars(module) for module in model.modules())
+        if checkpointing is not None:
+            model.activation_checkpointing_enable(checkpointing)
+        called.clear()
+        ids = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert called.count("forward") == 2 * num_layers > 0
+    assert called.count("result") == (1 + again) * num_layers
+    assert_close(grads[1], grads[0], "training")
 
 
 def test_accumulation_keeps_micro_batches_apart() -> None:

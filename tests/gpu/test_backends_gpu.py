@@ -85,7 +85,8 @@ def test_backends_do_not_sync(name: str, kind: str, adapters: str) -> None:
     grad_ND = torch.randn_like(rows.x_ND)
     needs = needed_grads("all", weights)
     with host_syncs() as syncs:
-        _, saved = backend.forward(spec, weights, rows)
+        result, saved = backend.forward(spec, weights, rows)
+        result()
         grads = backend.backward_rows(spec, weights, rows, saved, grad_ND, needs, need_x=True, need_routing=True)
         backend.backward_weights(spec, weights, rows, grads, needs)
     assert [str(sync) for sync in syncs] == []

@@ -100,7 +100,8 @@ def results(
 ) -> dict[str, Tensor | None]:
     """Output and all gradients, by name; None where a gradient was not asked for."""
     needs = needed_grads(case["trained"], weights)
-    out, saved = backend.forward(spec, weights, rows)
+    result, saved = backend.forward(spec, weights, rows)
+    out = result()
     # Small enough for the parameters' gradients, sums over rows, to be of the order of one.
     grad_ND = (0.3 * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).to(case["dtype"]).to(out)
     grads = backend.backward_rows(
@@ -182,13 +183,13 @@ def test_padded_bmm_trains_after_inference() -> None:
     spec, weights, rows = inputs_of(case, "cpu")
     backend = backend_of("padded_bmm")
     with torch.inference_mode():
-        inferred = backend.forward(spec, weights, rows)[0].clone()
+        inferred = backend.forward(spec, weights, rows)[0]().clone()
     trained = {
         name: tensor for name, tensor in results(backend, spec, weights, rows, case).items() if tensor is not None
     }
     before = {name: tensor.clone() for name, tensor in trained.items()}
     assert_close({"out": inferred}, {"out": trained["out"]}, "exact")
-    backend.forward(spec, weights, rows._replace(x_ND=rows.x_ND + 1))
+    backend.forward(spec, weights, rows._replace(x_ND=rows.x_ND + 1))[0]()
     assert_close(trained, before, "exact")
 
 

@@ -116,7 +116,8 @@ def results(
     name: str, spec: ExpertsSpec, weights: ExpertWeights, rows: Dispatched, needs: NeededGrads, rows_need: str
 ) -> Results:
     backend = EXPERT_BACKENDS.load(name)()
-    out, saved = backend.forward(spec, weights, rows)
+    result, saved = backend.forward(spec, weights, rows)
+    out = result()
     need_x, need_routing = "x" in rows_need, "routing" in rows_need
     grads = backend.backward_rows(
         spec, weights, rows, saved, grad_of(out), needs, need_x=need_x, need_routing=need_routing
