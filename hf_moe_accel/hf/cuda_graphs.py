@@ -36,7 +36,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from hf_moe_accel.experts.base import ExpertBackend
-from hf_moe_accel.hf.checkpointing import is_torchs
+from hf_moe_accel.hf.checkpointing import has_own_context, is_torchs
 from hf_moe_accel.hf.compiling import CompiledLayer, compile_loss, layers_of
 from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.moe.replay import keep_exchanges
@@ -51,8 +51,8 @@ _RANDOM = (
     "one of the two out"
 )
 _ELSEWHERE = (
-    "are checkpointed by more than torch's function, such as to the host's memory (offload=True), which no graph can "
-    "hold: leave that out, or torch_compile_mode"
+    "are checkpointed by more than torch's function, to the host's memory (offload=True) or with a context_fn, which "
+    "no graph can hold: leave that out, or torch_compile_mode"
 )
 # What a layer may be given beside tensors: a graph is good for one value of each.
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -154,7 +154,8 @@ class LayerGraphs:
         before = self._random_numbers()
         out = layer.run(args, kwargs)
         strange = None if torch.equal(before, self._random_numbers()) else _RANDOM
-        if not is_torchs(layer.module._gradient_checkpointing_func):
+        function = layer.module._gradient_checkpointing_func
+        if has_own_context(function) or not is_torchs(function):
             strange = _ELSEWHERE
         if strange is not None:
             self._running[layer] = self._running[layer]._replace(strange=strange)

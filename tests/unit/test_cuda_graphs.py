@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from hf_moe_accel import MoEAccelConfig, prepare_moe_model
 from hf_moe_accel.hf.cuda_graphs import LayerGraphs, why_not
@@ -129,17 +129,26 @@ def test_random_numbers_are_not_captured_if_a_recompute_needs_them(
     assert all("layers draw random numbers, such as for dropout" in each for each in said)
 
 
-def test_what_is_checkpointed_elsewhere_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+def offloading(*args: Any, **kwargs: Any) -> Any:
+    with save_on_cpu():
+        return checkpoint(*args, **kwargs)
+
+
+def keeps_products() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [functools.partial(offloading), functools.partial(checkpoint, context_fn=keeps_products)],
+    ids=["offloading", "context"],
+)
+def test_what_is_checkpointed_otherwise_is_not_captured(function: Any, caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     model, graphs = graphed()
     model.activation_checkpointing_enable({"use_reentrant": False})
-
-    def offloading(*args: Any, **kwargs: Any) -> Any:
-        with save_on_cpu():
-            return checkpoint(*args, **kwargs)
-
     for layer in model.model.layers:
-        layer._gradient_checkpointing_func = functools.partial(offloading, use_reentrant=False)
+        layer._gradient_checkpointing_func = functools.partial(function, use_reentrant=False)
     with caplog.at_level(logging.WARNING, "hf_moe_accel"):
         Loop(model, CPU).run("t" * 21)
     (said,) = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
