@@ -228,7 +228,7 @@ def cells_of(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def best_of(arm: str, cell: dict[str, Any]) -> dict[str, str]:
-    """How an arm is fastest."""
+    """How an arm runs with --best."""
     if arm == OURS_LEAN:
         return LEAN
     return OURS_BEST[cell["model"], cell["tokens"]] if arm == OURS else STOCK_BEST[cell["model"]]

@@ -84,14 +84,16 @@ class FusedBackend(ExpertBackend):
         _, down_eID = as_in_out(spec, weights)
         h_RM, up_thin, product = self._up(spec, weights, rows, groups)
         if spec.post_norm is None:
-            activate = partial(self._activate, spec, h_RM, rows.weights_R, ends_e, weights.up_bias, product)
-            activated_RI = activate() if weights.down_lora else None
-            down_thin = () if activated_RI is None else _thin(activated_RI, weights.down_lora, ends_e)
+
+            @cache
+            def activated_RI() -> Tensor:
+                return self._activate(spec, h_RM, rows.weights_R, ends_e, weights.up_bias, product)
+
+            down_thin = _thin(activated_RI(), weights.down_lora, ends_e) if weights.down_lora else ()
 
             def sum_ND() -> Tensor:
-                a_RI = activate() if activated_RI is None else activated_RI
                 thin_products = _from_thin(down_thin, weights.down_lora)
-                return self._sum_products(a_RI, down_eID, thin_products, rows, groups, weights.down_bias)
+                return self._sum_products(activated_RI(), down_eID, thin_products, rows, groups, weights.down_bias)
 
             return sum_ND, (*groups, *up_thin, *down_thin, h_RM)
         a_RI = self._activate(spec, h_RM, None, ends_e, weights.up_bias, product)
@@ -103,10 +105,11 @@ class FusedBackend(ExpertBackend):
             y_RD += _of_rows(weights.down_bias, ends_e, y_RD.size(0))
         assert weights.post_norm is not None
         norm = partial(spec.post_norm, y_RD, weights.post_norm.detach())
-        return (
-            lambda: self._sum_segments(norm(), rows.r_of_P, rows.start_of_N, weights_R=rows.weights_R),
-            (*groups, *up_thin, *down_thin, h_RM, y_RD),
-        )
+
+        def weighted_sum_ND() -> Tensor:
+            return self._sum_segments(norm(), rows.r_of_P, rows.start_of_N, weights_R=rows.weights_R)
+
+        return weighted_sum_ND, (*groups, *up_thin, *down_thin, h_RM, y_RD)
 
     def backward_rows(
         self,

@@ -49,15 +49,14 @@ class GroupedMMBackend(ExpertBackend):
         h_RM, up_thin = self._up(spec, weights, rows, ends_e)
         if spec.weights_before_down:
 
-            def activate() -> Tensor:
+            @cache
+            def activated_RI() -> Tensor:
                 return weighted(spec.gate(h_RM), rows.weights_R)
 
-            activated_RI = activate() if weights.down_lora else None
-            down_thin = () if activated_RI is None else _thin(activated_RI, weights.down_lora, ends_e)
+            down_thin = _thin(activated_RI(), weights.down_lora, ends_e) if weights.down_lora else ()
 
             def sum_ND() -> Tensor:
-                a_RI = activate() if activated_RI is None else activated_RI
-                products = [(a_RI, down_eID), *_from_thin(down_thin, weights.down_lora)]
+                products = [(activated_RI(), down_eID), *_from_thin(down_thin, weights.down_lora)]
                 return _sum_products(products, rows, ends_e)
 
             return sum_ND, (*up_thin, *down_thin, h_RM)

@@ -50,7 +50,7 @@ _RANDOM = (
     "draw random numbers, such as for dropout, which with activation checkpointing no graph draws twice alike: leave "
     "one of the two out"
 )
-_ELSEWHERE = (
+_OTHERWISE = (
     "are checkpointed by more than torch's function, to the host's memory (offload=True) or with a context_fn, which "
     "no graph can hold: leave that out, or torch_compile_mode"
 )
@@ -156,7 +156,7 @@ class LayerGraphs:
         strange = None if torch.equal(before, self._random_numbers()) else _RANDOM
         function = layer.module._gradient_checkpointing_func
         if has_own_context(function) or not is_torchs(function):
-            strange = _ELSEWHERE
+            strange = _OTHERWISE
         if strange is not None:
             self._running[layer] = self._running[layer]._replace(strange=strange)
         return out

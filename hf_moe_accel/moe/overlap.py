@@ -149,8 +149,8 @@ def send_and_compute(
         saved.append(kept)
         if dispatcher.moves_rows or i + 1 < chunks:
             send_back(result, i)
-        with timed("combine"):
-            if i > 0:
+        if i > 0:
+            with timed("combine"):
                 out.append(place.wait(returning[i - 1], "forward, combine", i - 1, chunks))
 
     def finish() -> Tensor:

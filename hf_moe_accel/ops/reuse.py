@@ -21,20 +21,20 @@ class ReusedMemory:
     """Of as many tensors as were in use at one time, for as long as this lives."""
 
     def __init__(self) -> None:
-        self._pieces: list[Any] = []  # arrays of bytes
-        self._lent: list[weakref.ref[Any]] = []
+        self._pieces: list[tuple[Any, weakref.ref[Any]]] = []  # arrays of bytes, and who has them
 
     def empty_like(self, like: Tensor) -> Tensor:
         """`torch.empty_like` of a tensor on a CPU; small ones, and such as are not contiguous, are that."""
         size = like.numel() * like.element_size()
         if size < _LARGE or not like.is_contiguous():
             return torch.empty_like(like)
-        free = (i for i, lent in enumerate(self._lent) if lent() is None and self._pieces[i].nbytes == size)
-        which = next(free, len(self._pieces))
-        if which == len(self._pieces):
-            self._pieces.append(torch.empty(size, dtype=torch.uint8).numpy())
-            self._lent.append(weakref.ref(self._pieces[which]))
+        for which, (piece, lent) in enumerate(self._pieces):
+            if lent() is None and piece.nbytes == size:
+                del self._pieces[which]
+                break
+        else:
+            piece = torch.empty(size, dtype=torch.uint8).numpy()
         # The storage of the tensor holds this view, whatever shares it, and nothing else does.
-        view = self._pieces[which][:]
-        self._lent[which] = weakref.ref(view)
+        view = piece[:]
+        self._pieces.append((piece, weakref.ref(view)))
         return torch.frombuffer(view, dtype=like.dtype).view(like.shape)
