@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hf_moe_accel.auto import AutoModelForCausalLM, refuse_load_arguments
@@ -22,6 +22,7 @@ from hf_moe_accel.hf.compiling import compile_layers, dynamo_plugin
 from hf_moe_accel.hf.discover import base_of, find_experts
 from hf_moe_accel.hf.install import keep_liger_off_experts
 from hf_moe_accel.hf.loading import distributed_config, meta_model, reshard
+from hf_moe_accel.hf.loss import logits_as_made
 from hf_moe_accel.optim import AdamW, clip_grad_norm_
 from hf_moe_accel.prepare import adopt_adapters, check_model, choose_setup, prepare_moe_model
 from hf_moe_accel.runtime import MoERuntime, runtime_of
@@ -29,6 +30,8 @@ from hf_moe_accel.trainers.agree import AgreeingLoader, agreed_count
 from hf_moe_accel.trainers.arguments import refuse_arguments
 from hf_moe_accel.trainers.checkpoints import CheckpointMixin
 from hf_moe_accel.trainers.finite import finite_loss
+
+_PLAIN_LOSS = Trainer.compute_loss
 
 
 class AcceleratedMoEMixin(CheckpointMixin):
@@ -284,6 +287,14 @@ class AcceleratedMoEMixin(CheckpointMixin):
         if not self.args.logging_nan_inf_filter or type(self).training_step is not AcceleratedMoEMixin.training_step:
             return loss
         return finite_loss(loss, self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged))
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
+        """As in the trainer; where nothing but the loss is read of what the model returns, nothing else is made."""
+        reads = self.label_smoother is not None or self.compute_loss_func is not None
+        if return_outputs or reads or self._moe_runtime is None or super().compute_loss.__func__ is not _PLAIN_LOSS:
+            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        with logits_as_made(self.model, base_of(self.model)):
+            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """As in the trainer; an epoch is as long as on the rank that has the fewest batches. All ranks must call."""

@@ -32,18 +32,16 @@ def train(tmp_path: Path, kind: str, ranks: int) -> tuple[list[float], Path]:
 
 def test_as_stock_peft_on_a_gpu(tmp_path: Path) -> None:
     stock, _ = train(tmp_path, "stock", 1)
-    ids = torch.arange(3, 35).reshape(4, 8)
     for ranks, kind in itertools.product(numbers_of_ranks(), ("ours", "sharded first")):
         losses, out = train(tmp_path, kind, ranks)
         print(f"{ranks} ranks, {kind}: {losses}, stock on one: {stock}")
         assert losses == pytest.approx(stock, rel=1e-2)
         adapted = PeftModel.from_pretrained(tiny_model("qwen3_moe", dtype=torch.bfloat16), out).merge_and_unload()
-        merged = AutoModelForCausalLM.from_pretrained(
-            out / "merged", attn_implementation="eager", dtype=torch.bfloat16
-        )
-        with torch.no_grad():
-            logits = [each.eval()(input_ids=ids).logits.float() for each in (adapted, merged)]
-        assert torch.allclose(*logits, rtol=5e-2, atol=5e-2)
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.bfloat16).state_dict()
+        for name, expected in adapted.state_dict().items():
+            # PEFT rounds the update to bf16 before it adds it. Weights, not logits: in a model as small as this what
+            # rounds otherwise may send a token to other experts.
+            torch.testing.assert_close(merged[name], expected, rtol=2**-7, atol=2**-9, msg=lambda m: f"{name}: {m}")
 
 
 def test_liger_kernels_around_the_experts(tmp_path: Path) -> None:

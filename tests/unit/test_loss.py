@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_moe_accel import MoEAccelConfig, prepare_moe_model
+from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig, prepare_moe_model
 from hf_moe_accel.hf import loss as library
-from hf_moe_accel.hf.loss import causal_lm_loss
-from tests.helpers.models import tiny_model
+from hf_moe_accel.hf.compiling import compile_loss
+from hf_moe_accel.hf.discover import base_of
+from hf_moe_accel.hf.loss import causal_lm_loss, logits_as_made
+from tests.distributed.test_training_arguments import log_of, make_trainer
+from tests.helpers.adapters import Adapted
+from tests.helpers.models import VOCAB_SIZE, tiny_model
 from tests.helpers.tolerances import assert_close
 
 VOCAB = 64
@@ -122,3 +129,80 @@ def test_another_loss_stays() -> None:
     model.loss_function = mine
     prepare_moe_model(model)
     assert model.loss_function is mine
+
+
+class CopiesOfLogits(TorchDispatchMode):
+    """Counts the conversions to fp32 of what is as wide as the vocabulary."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.float32:
+            self.found += out.ndim == 3 and out.shape[-1] == VOCAB_SIZE
+        return out
+
+
+class ReadsOutputs(AcceleratedMoETrainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        assert outputs.logits.dtype == torch.float32
+        return (loss, outputs) if return_outputs else loss
+
+
+def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    assert outputs.logits.dtype == torch.float32
+    return ForCausalLMLoss(outputs.logits, labels, VOCAB_SIZE, num_items_in_batch)
+
+
+READERS = [None, "a hook", "compute_loss_func", "label smoothing", "a subclass", "another loss"]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapters"])
+@pytest.mark.parametrize("reader", READERS, ids=str)
+def test_a_copy_of_the_logits_is_made_for_who_reads_it(reader: str | None, adapted: bool, tmp_path: Path) -> None:
+    make = Adapted("qwen3_moe", torch.bfloat16) if adapted else lambda: tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    trainer_class = ReadsOutputs if reader == "a subclass" else AcceleratedMoETrainer
+    arguments: dict[str, Any] = {"bf16": True, "label_smoothing_factor": 0.1 if reader == "label smoothing" else 0.0}
+    options = {"compute_loss_func": own_loss} if reader == "compute_loss_func" else {}
+    trainer = make_trainer(trainer_class, str(tmp_path), model=make, arguments=arguments, options=options)
+    read: list[torch.dtype] = []
+    if reader == "a hook":
+        trainer.model.register_forward_hook(lambda model, args, outputs: read.append(outputs.logits.dtype))
+    elif reader == "another loss":
+        model = trainer.model.get_base_model() if adapted else trainer.model
+        model.loss_function = lambda *args, **kwargs: ForCausalLMLoss(*args, **kwargs)
+    with CopiesOfLogits() as copies:
+        trainer.train()
+    assert (copies.found > 0) == (reader is not None)
+    assert set(read) == ({torch.float32} if reader == "a hook" else set())
+    assert trainer.predict(trainer.eval_dataset).predictions.dtype == "float32"
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapters"])
+def test_without_the_copy_losses_are_the_same(adapted: bool, tmp_path: Path) -> None:
+    make = Adapted("qwen3_moe", torch.bfloat16) if adapted else lambda: tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    losses = []
+    for trainer_class in (AcceleratedMoETrainer, ReadsOutputs):
+        trainer = make_trainer(trainer_class, str(tmp_path), model=make, arguments={"bf16": True})
+        trainer.train()
+        losses.append([entry["loss"] for entry in log_of(trainer) if "loss" in entry])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapters"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_logits_as_made(compiled: bool, adapted: bool, tmp_path: Path) -> None:
+    make = Adapted("qwen3_moe", torch.bfloat16) if adapted else lambda: tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    trainer = make_trainer(AcceleratedMoETrainer, str(tmp_path), model=make, arguments={"bf16": True})
+    model = trainer.accelerator.prepare_model(trainer.model)
+    base = base_of(model)
+    if compiled:
+        compile_loss(base, backend="eager")
+    ids = torch.arange(24).reshape(2, 12)
+    dtypes = []
+    with pytest.raises(KeyError), logits_as_made(model, base):
+        dtypes.append(model(input_ids=ids, labels=ids).logits.dtype)
+        raise KeyError
+    dtypes.append(model(input_ids=ids, labels=ids).logits.dtype)
+    assert dtypes == [torch.bfloat16, torch.float32]
