@@ -110,6 +110,16 @@ class MoEAccelConfig:
             "those as well, and 'up' changes nothing."
         },
     )
+    cuda_graphs: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether the trainers replay layers as CUDA graphs, which spares the host launching each kernel. "
+            "'auto': where all experts are on one GPU, once batches of one shape have come several times, nothing "
+            "hooks into the layers, and memory is left: a pass has some of its own in graphs. 'off': never. To have "
+            "layers compiled as well, and to be told why where that cannot be, pass torch_compile=True and "
+            "torch_compile_mode='reduce-overhead'."
+        },
+    )
     check_tokens: bool = field(
         default=False,
         metadata={
@@ -142,6 +152,11 @@ class MoEAccelConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}={value!r} must be a name, for example {name}='auto'.")
+        if self.cuda_graphs not in ("auto", "off"):
+            raise ValueError(
+                f"cuda_graphs={self.cuda_graphs!r} must be 'auto' or 'off'; to insist on graphs, pass "
+                "torch_compile_mode='reduce-overhead' to the trainer."
+            )
         if self.expert_checkpointing not in EXPERT_CHECKPOINTING:
             levels = ", ".join(map(repr, EXPERT_CHECKPOINTING))
             raise ValueError(f"expert_checkpointing={self.expert_checkpointing!r} must be one of {levels}.")

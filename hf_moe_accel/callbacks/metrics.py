@@ -4,8 +4,9 @@
 Where tokens go is counted in every training pass, on the device. At a step that logs, one collective adds the counts
 up over the ranks; it is launched at the end of the step and read after the trainer has read the loss, for which it
 waits for the device anyway. Parts of the step, entropies, the auxiliary loss and the positions attended to are
-measured on the steps that log only (with `logging_strategy="epoch"`, on every tenth). Evaluation, generation,
-reference models and what checkpointing computes again do not count.
+measured on the steps that log only (with `logging_strategy="epoch"`, on every tenth). Where layers are replayed as
+CUDA graphs, what happens within them is measured at most once in 50 steps: such a step runs without graphs.
+Evaluation, generation, reference models and what checkpointing computes again do not count.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from hf_moe_accel.hf.discover import base_of, class_name
 from hf_moe_accel.log import warn_once
 from hf_moe_accel.moe.stats import Routed
 from hf_moe_accel.runtime import MoERuntime, runtime_of
+
+# Steps from one in which layers are measured to the next one, where they are CUDA graphs.
+_IN_LAYERS_EVERY = 50
 
 
 class MoEMetricsCallback(TrainerCallback):
@@ -56,7 +60,7 @@ class MoEMetricsCallback(TrainerCallback):
         self._probes = Probes(model, runtime.timer, args.device, not args.torch_compile)
         self._window: _Window | None = None
         self._clock = _Clock()
-        self._last_step = state.global_step
+        self._last_step = self._next_in_layers = state.global_step
         if state.is_world_process_zero:
             self._file = RunFile(args.output_dir, _about(base_of(model), runtime), state.global_step)
 
@@ -72,6 +76,9 @@ class MoEMetricsCallback(TrainerCallback):
             self._probes.measures = True
             assert self._runtime is not None
             self._runtime.timer.clear()
+            if step > self._next_in_layers:
+                self._runtime.timer.in_layers = True
+                self._next_in_layers = step + _IN_LAYERS_EVERY - 1
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A backward pass has ended."""
@@ -89,6 +96,8 @@ class MoEMetricsCallback(TrainerCallback):
         if self._probes is not None and self._probes.measures:
             self._probes.end_passes()
             self._probes.measures = False
+            if self._runtime is not None:
+                self._runtime.timer.in_layers = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Launch the sum over the ranks, if this step logs. All ranks must call."""

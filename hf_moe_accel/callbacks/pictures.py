@@ -99,9 +99,8 @@ def speed(run: Run) -> bytes:
         _line(left, speeds, BLUE, _ends(speeds, ",.0f"))
         left.set(title="Tokens a second, over all ranks", xlabel="step", ylim=(0, None))
         left.legend(loc="lower right")
-        parts = _parts(run)
-        steps = [step for step, _ in run.series("moe/time/forward")]
-        right.stackplot(steps, parts.values(), labels=parts, colors=PARTS.values(), step="mid")
+        steps, parts = _parts(run)
+        right.stackplot(steps, parts.values(), labels=parts, colors=[PARTS[name] for name in parts], step="mid")
         right.set(title="Seconds of a step on rank 0", xlabel="step", ylim=(0, None))
         right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=6, columnspacing=1, handlelength=1)
         for axes in (left, right):
@@ -219,16 +218,22 @@ def smooth(values: Sequence[float], reach: int = 4) -> list[float]:
     return [float(np.mean(values[index - r : index + r + 1])) for index, r in enumerate(reaches)]
 
 
-def _parts(run: Run) -> dict[str, list[float]]:
-    """Seconds of the parts of the measured steps, such that they add up to the step."""
-    measured = [record["logs"] for record in run.records if "moe/time/forward" in record["logs"]]
-    part = {name: np.array([logs[f"moe/time/{name}"] for logs in measured]) for name in ("forward", "backward")}
+def _parts(run: Run) -> tuple[list[int], dict[str, list[float]]]:
+    """The steps that were measured, and seconds of their parts, such that these add up to the step.
+
+    Where layers are CUDA graphs, what happens within them is measured in some of the steps: those are shown then. If
+    it never was, passes are shown as they are.
+    """
+    measured = [record for record in run.records if "moe/time/forward" in record["logs"]]
+    measured = [record for record in measured if "moe/time/experts" in record["logs"]] or measured
     within = {
-        name: np.array([logs[f"moe/time/{name}"] for logs in measured]) for name in PARTS if name != "other passes"
+        name: np.array([record["logs"].get(f"moe/time/{name}", 0.0) for record in measured])
+        for name in (*PARTS, "forward", "backward")
     }
     inside = within["dispatch"] + within["experts"] + within["combine"]
-    within["other passes"] = part["forward"] + part["backward"] - inside
-    return {name: within[name].tolist() for name in PARTS}
+    within["other passes"] = within["forward"] + within["backward"] - inside
+    known = [name for name in PARTS if within[name].any()]
+    return [record["step"] for record in measured], {name: within[name].tolist() for name in known}
 
 
 def _shown_layers(counted: list[tuple[int, dict[str, Any]]]) -> list[int]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -71,9 +69,9 @@ class CompiledLayer:
             self._checkpointed = self._compile(forward.func)
         return function(functools.partial(self._checkpointed, *forward.args, **forward.keywords), *args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied layer has the forward function that it had at first."""
-        return types.MethodType(type(self.module).forward, copy.deepcopy(self.module, memo))
+    def __reduce__(self) -> Any:
+        """A layer that is copied, or pickled, has the forward function that it had at first."""
+        return getattr, (self.module, "forward")  # that of its class, as the copy has nothing of its own yet
 
 
 def compile_layers(model: Any, **kwargs: Any) -> None:

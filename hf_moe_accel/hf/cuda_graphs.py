@@ -17,6 +17,12 @@ The graph of a checkpointed layer's forward pass keeps its inputs alone, and tha
 layer again, in memory that all layers share. States of random numbers are left out, which the host would read: a layer
 that draws any is not captured.
 
+[Note: graphs that nobody asked for]
+Trainers take them where nothing but the time of a pass can change. Layers are not compiled then. A capture takes
+seconds, so more passes have to be alike before it, and memory has to be left after it. Nothing of anybody else may
+look into a layer or at what it returns (hooks), and a step in which the parts of layers are timed runs without graphs.
+Otherwise, and when they have not served for a while, the layers get their own forward functions back for good.
+
 [Note: the gradients of parameters]
 A graph writes them to the same memory each time, and autograd takes that memory for `.grad` as it is. Before a pass
 replays anything, gradients that are still there, since they add up over passes, get memory of their own.
@@ -38,14 +44,18 @@ from torch.utils.checkpoint import checkpoint
 from hf_moe_accel.experts.base import ExpertBackend
 from hf_moe_accel.hf.checkpointing import has_own_context, is_torchs
 from hf_moe_accel.hf.compiling import CompiledLayer, compile_loss, layers_of
+from hf_moe_accel.hf.hooks import are_foreign, hooks_of
 from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.moe.replay import keep_exchanges
 from hf_moe_accel.moe.stats import RoutingStats
 from hf_moe_accel.moe.timing import PartTimer
 from hf_moe_accel.topology import ExpertTopology
 
-# Training passes without a capture after which it is said why.
+# Training passes without a capture after which it is said why, or without a replay that nobody asked for.
 _PATIENCE = 20
+# Of graphs that nobody asked for: how often in a row passes have to be alike before a capture, passes without one
+# after which no other is awaited, and the share of the memory that has to be left.
+_ALIKE, _GIVE_UP, _SPARE = 4, 100, 0.05
 _RANDOM = (
     "draw random numbers, such as for dropout, which with activation checkpointing no graph draws twice alike: leave "
     "one of the two out"
@@ -54,6 +64,11 @@ _OTHERWISE = (
     "are checkpointed by more than torch's function, to the host's memory (offload=True) or with a context_fn, which "
     "no graph can hold: leave that out, or torch_compile_mode"
 )
+_SAVED = (
+    "run under hooks on saved tensors, such as for offloading activations, which no graph calls: leave those out, or "
+    "torch_compile_mode"
+)
+_HOOKED = "or parts of them have hooks, which no graph calls"
 # What a layer may be given beside tensors: a graph is good for one value of each.
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -95,6 +110,20 @@ def why_not(model: Any, runtime: Runtime) -> str | None:
     return None
 
 
+def replay_where_nothing_else_changes(model: Any, runtime: Runtime, device: torch.device) -> None:
+    """Let layers be replayed as graphs, if they can be; see [Note: graphs that nobody asked for].
+
+    Args:
+        model: a prepared model of transformers, without wrappers.
+        runtime: of the model.
+        device: where it will be.
+    """
+    if device.type != "cuda" or why_not(model, runtime) is not None:
+        return
+    if not any("forward" in layer.__dict__ for layer in layers_of(model)):
+        LayerGraphs(model, runtime, device, asked=False)
+
+
 class LayerGraphs:
     """Compiles the layers of a model, and its loss, and replays the layers as graphs; see the module's docstring.
 
@@ -102,22 +131,30 @@ class LayerGraphs:
         model: a prepared model of transformers, without wrappers, for which `why_not` returns None.
         runtime: of the model.
         device: of the model.
-        kwargs: of `torch.compile`.
+        asked: whether a user wants graphs. Otherwise see [Note: graphs that nobody asked for].
+        kwargs: of `torch.compile`, if a user wants graphs.
 
     Attributes:
+        asked: as given.
         replayed: how many training passes were replayed.
     """
 
-    def __init__(self, model: nn.Module, runtime: Runtime, device: torch.device, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, runtime: Runtime, device: torch.device, *, asked: bool = True, **kwargs: Any
+    ) -> None:
         """Take the place of the layers' forward functions; they compile at their first call."""
+        self.asked = asked
         self.replayed = 0
         self.device = device
         self.stats = runtime.stats
         self._timer = runtime.timer
+        if not asked:
+            kwargs = {"disable": True}
         self._layers = [_Layer(self, module, **kwargs) for module in layers_of(model)]
         for layer in self._layers:
             layer.module.forward = layer
-        compile_loss(model, **kwargs)
+        if asked:
+            compile_loss(model, **kwargs)
         self.release()
 
     @staticmethod
@@ -130,8 +167,10 @@ class LayerGraphs:
         """Give back the graphs and their memory. The next training passes capture again."""
         self._running: dict[_Layer, _Inputs] = {}  # the layers of this pass so far, in order
         self._last: dict[_Layer, _Inputs] = {}
-        self._passes = 0
+        self._passes = self._alike = self._idle = 0
         self._captured = self._replays = False
+        self._hooks: list[dict[int, Any]] = []  # where hooks may be that a graph does not call
+        self._num_hooks = 0
         self._state: Any = None
         self._parameters: list[nn.Parameter] = []
         self._adapted: list[Any] = []
@@ -139,6 +178,15 @@ class LayerGraphs:
         self._backward: weakref.ref[_Backward] | None = None
         for layer in self._layers:
             layer.captured = None
+
+    def remove(self) -> None:
+        """Give the layers their own forward functions back, and the memory."""
+        self.release()
+        for layer in self._layers:
+            if layer.module.__dict__.get("forward") is layer:
+                del layer.module.forward
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def enter(self, layer: _Layer, inputs: _Inputs) -> bool:
         """Note a call of a layer in training. Returns whether it may be replayed."""
@@ -180,20 +228,52 @@ class LayerGraphs:
         """A pass begins."""
         before, self._last, self._running = self._last, self._running, {}
         self._passes += 1
-        if not self._captured:
+        if self._captured:
+            self._look_for_hooks()
+        else:
             signatures = _signatures(self._last)
             alike = signatures == _signatures(before) and signatures[:1] == [(first, inputs.signature)]
-            if alike and not any(each.strange for each in self._last.values()):
+            self._alike = self._alike + 1 if alike else 0
+            if self._alike >= (1 if self.asked else _ALIKE) and self._strange() is None:
                 self._capture(self._last)
-            elif self._passes == _PATIENCE:
+            elif self._passes == (_PATIENCE if self.asked else _GIVE_UP):
                 self._explain(before)
         backward = None if self._backward is None else self._backward()
         in_use = backward is not None and not backward.has_run
-        self._replays = first.serves(inputs) and not in_use and self._state == self._state_now()
+        stands_back = not self.asked and self._timer.active and self._timer.in_layers
+        self._replays = first.serves(inputs) and not in_use and not stands_back and self._state == self._state_now()
         if self._replays:
             self._backward = None
             self.replayed += 1
+            self._idle = 0
             self._part_from_gradients()
+        elif self._captured and not self.asked:
+            self._idle += 1
+            if self._idle == _PATIENCE:
+                self._give_up(f"the last {_PATIENCE} passes were not like those that were captured")
+
+    def _strange(self) -> str | None:
+        """Why no graph can hold what the layers did in the last pass, if none can."""
+        strange = next((inputs.strange for inputs in self._last.values() if inputs.strange), None)
+        if strange is None and _saved_tensors_have_hooks():
+            strange = _SAVED
+        if strange is None and not self.asked and are_foreign(self._hooks_now()):
+            strange = _HOOKED
+        return strange
+
+    def _hooks_now(self) -> list[dict[int, Any]]:
+        return hooks_of([part for layer in self._layers for part in layer.module.modules()])
+
+    def _look_for_hooks(self) -> None:
+        """Graphs that nobody asked for end where hooks of anybody else come."""
+        number = sum(map(len, self._hooks))
+        if number != self._num_hooks and are_foreign(self._hooks):
+            self._give_up(f"layers {_HOOKED}")
+        self._num_hooks = number
+
+    def _give_up(self, reason: str) -> None:
+        self.remove()
+        say(f"hf_moe_accel: layers run without CUDA graphs from here on: {reason}")
 
     def _capture(self, layers: dict[_Layer, _Inputs]) -> None:
         """Capture what the layers do with inputs like these, in this order."""
@@ -203,25 +283,43 @@ class LayerGraphs:
         captured = tuple(_Captured(layer, inputs.signature) for layer, inputs in layers.items())
         samples = tuple(inputs.buffers(self.device) for inputs in layers.values())
         timed, self._timer.active = self._timer.active, False
+        failed = ""
         try:
             with self._uncounted(), _without_autocast_cache(self.device.type):
                 torch.cuda.make_graphed_callables(captured, samples, allow_unused_input=True)
         except RuntimeError as error:
             kind = type(captured[0].module).__name__
-            raise RuntimeError(
-                f"torch_compile_mode='reduce-overhead': no CUDA graph can hold a {kind} ({error}). Leave "
-                "torch_compile_mode out: layers are compiled without graphs then."
-            ) from error
+            if self.asked:
+                raise RuntimeError(
+                    f"torch_compile_mode='reduce-overhead': no CUDA graph can hold a {kind} ({error}). Leave "
+                    "torch_compile_mode out: layers are compiled without graphs then."
+                ) from error
+            failed = f"none can hold a {kind} ({str(error).splitlines()[0]})"
         finally:
             self._timer.active = timed
+        if not self.asked and not failed and self._is_full():
+            failed = f"less than {_SPARE:.0%} of the device's memory would be left"
+        if failed:
+            del captured, samples
+            self._give_up(failed)
+            return
         for layer, each in zip(layers, captured, strict=True):
             layer.captured = each
             if self.stats is not None:
                 each.counted = {number: self.stats.newest(number) for number in _moe_layers(layer.module)}
         self._parameters = [parameter for each in captured for parameter in each.parameters()]
         self._adapted = [part for each in captured for part in each.modules() if hasattr(part, "merged_adapters")]
+        if not self.asked:
+            self._hooks = self._hooks_now()
+            self._num_hooks = sum(map(len, self._hooks))
         self._captured, self._last = True, {}
         self._state = self._state_now()
+
+    def _is_full(self) -> bool:
+        if self.device.type != "cuda":
+            return False
+        free, total = torch.cuda.mem_get_info(self.device)
+        return free < _SPARE * total
 
     def _uncounted(self) -> AbstractContextManager[None]:
         return nullcontext() if self.stats is None else self.stats.uncounted()
@@ -248,15 +346,19 @@ class LayerGraphs:
 
     def _explain(self, before: dict[_Layer, _Inputs]) -> None:
         passes = [next(iter(each.values())) for each in (before, self._last) if each]
-        strange = next((inputs.strange for inputs in self._last.values() if inputs.strange), None)
+        strange = self._strange()
         if strange is not None:
             reason = f"layers {strange}"
         else:
             shapes = " and then ".join(str([tuple(t.shape) for t in inputs.tensors]) for inputs in passes)
+            number = "three" if self.asked else "six"
             reason = (
-                f"no three passes were alike: the last ones had inputs of {shapes}. Give all batches one shape: pack, "
-                "pad to a fixed length, and drop the last one of an epoch (dataloader_drop_last=True)"
+                f"no {number} passes were alike: the last ones had inputs of {shapes}. Give all batches one shape: "
+                "pack, pad to a fixed length, and drop the last one of an epoch (dataloader_drop_last=True)"
             )
+        if not self.asked:
+            self._give_up(reason)
+            return
         warn_once(f"hf_moe_accel: {self._passes} passes, and no CUDA graph has been captured: {reason}.")
 
 
@@ -410,6 +512,14 @@ class _Backward:
     def end(self, _: Tensor) -> None:
         """It has, but for the first layer, whose turn it is."""
         self.has_run = True
+
+
+def _saved_tensors_have_hooks() -> bool:
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("there are some"):
+            return False
+    except RuntimeError:
+        return True
 
 
 def _moe_layers(module: nn.Module) -> list[int]:

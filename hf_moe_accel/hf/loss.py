@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from hf_moe_accel.hf.hooks import are_foreign, hooks_of
+
 # Logits of a chunk: with a CPU they stay in its cache, a GPU is busy for longer than it takes to launch its kernels.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**20, 2**25
 
@@ -47,11 +49,8 @@ def logits_as_made(model: nn.Module, base: Any) -> Iterator[None]:
     """
     prepared: Any = model.__dict__.get("forward")
     convert = getattr(prepared, "__wrapped__", None)
-    hooks = (str(getattr(hook, "__module__", "")) for hook in model._forward_hooks.values())
-    # FSDP2's and ours do not read logits.
-    read = any(not module.startswith(("torch.distributed.", "hf_moe_accel.")) for module in hooks)
     is_fp32 = inspect.unwrap(base.loss_function) is causal_lm_loss  # compiled or not
-    if read or not is_fp32 or not isinstance(convert, ConvertOutputsToFp32):
+    if not is_fp32 or are_foreign(hooks_of([model])) or not isinstance(convert, ConvertOutputsToFp32):
         yield
         return
     forward = convert.model_forward

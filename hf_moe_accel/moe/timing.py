@@ -21,12 +21,13 @@ class PartTimer:
 
     Attributes:
         active: whether parts are timed.
+        in_layers: whether those within layers are wanted, for which CUDA graphs that nobody asked for stand back.
         device: what computes them.
     """
 
     def __init__(self) -> None:
         """Nothing is measured yet."""
-        self.active = False
+        self.active = self.in_layers = False
         self.device = torch.device("cpu")
         self._parts: list[tuple[str, Any, Any]] = []
         self._running: tuple[str, Any] | None = None

@@ -188,7 +188,12 @@ class AcceleratedMoEMixin(CheckpointMixin):
     def _compile(self, base: Any, runtime: MoERuntime) -> None:
         """Compile a prepared model if the arguments or the environment say so, as Trainer would read them."""
         plugin = dynamo_plugin(self.args)
+        graphs = cuda_graphs.LayerGraphs.of(base)
+        if graphs is not None and not graphs.asked:
+            graphs.remove()  # of an earlier trainer
         if plugin is None:
+            if self.moe_config.cuda_graphs == "auto":
+                cuda_graphs.replay_where_nothing_else_changes(base, runtime, self.args.device)
             return
         kwargs = plugin.to_kwargs()
         if plugin.mode == "reduce-overhead" and self.args.device.type == "cuda":

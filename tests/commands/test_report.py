@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from hf_moe_accel.callbacks.pictures import MAX_POINTS, by_layer, load, relative_load, smooth
+from hf_moe_accel.callbacks.pictures import MAX_POINTS, PARTS, _parts, by_layer, load, relative_load, smooth
 from hf_moe_accel.callbacks.run_file import METRICS, NAME, Run, RunFile, read_run
 from hf_moe_accel.cli import main
 from tests.helpers import browser
@@ -103,6 +103,23 @@ def test_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "expert_backend",
     ):
         assert words in page.text
+
+
+@pytest.mark.parametrize("timed", [[], [2, 8]], ids=["never", "sometimes"])
+def test_layers_are_not_timed_in_each_measured_step(timed: list[int], tmp_path: Path) -> None:
+    """As where they are CUDA graphs."""
+    records = [counted(step) for step in range(2, 12, 2)]
+    for record in records:
+        if record["step"] not in timed:
+            for name in ("dispatch", "experts", "combine"):
+                del record["logs"][f"moe/time/{name}"]
+            del record["experts"]["router_entropy"]
+    write_run(tmp_path, records)
+    steps, parts = _parts(read_run(tmp_path))
+    assert steps == (timed or [2, 4, 6, 8, 10])
+    assert list(parts) == (list(PARTS) if timed else ["data", "other passes", "optimizer"])
+    assert parts["other passes"] == pytest.approx([0.5 if timed else 0.8] * len(steps))
+    assert main(["report", str(tmp_path)]) == 0
 
 
 @pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium is installed")

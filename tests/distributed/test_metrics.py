@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, trainer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from hf_moe_accel import AcceleratedMoETrainer, MoEAccelCallback, MoEAccelConfig, add_metrics, prepare_moe_model
+from hf_moe_accel.callbacks import metrics
 from hf_moe_accel.callbacks.metrics import MoEMetricsCallback
 from hf_moe_accel.callbacks.run_file import METRICS, NAME, read_run
 from hf_moe_accel.runtime import runtime_of
@@ -99,8 +100,8 @@ def train(
             eval_dataset=data[:4],
         )
         ours.train(resume_from_checkpoint=resume)
-    (metrics,) = [each for each in ours.callback_handler.callbacks if isinstance(each, MoEMetricsCallback)]
-    return ours.state.log_history, Reporter.seen, metrics.experts
+    (counting,) = [each for each in ours.callback_handler.callbacks if isinstance(each, MoEMetricsCallback)]
+    return ours.state.log_history, Reporter.seen, counting.experts
 
 
 def of_training(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -240,6 +241,24 @@ def test_logging_by_epoch(tmp_path: Path) -> None:
     assert experts["tokens"] == 64 * LENGTH
     assert "moe/time/forward" not in first and "moe/time/forward" in second
     assert first["moe/load_max_over_mean"] == second["moe/load_max_over_mean"] == 2
+
+
+def test_layers_that_are_graphs_stand_back_now_and_then(tmp_path: Path) -> None:
+    wanted: list[tuple[int, bool]] = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            wanted.append((state.global_step + 1, runtime_of(kwargs["model"]).timer.in_layers))
+
+    with mock.patch.object(metrics, "_IN_LAYERS_EVERY", 4):
+        ours = AcceleratedMoETrainer(
+            model=tiny_model("qwen3_moe"),
+            args=arguments(str(tmp_path), max_steps=10),
+            callbacks=[Look()],
+            train_dataset=ragged_batch_dataset(80, LENGTH),
+        )
+        ours.train()
+    assert [step for step, each in wanted if each] == [2, 6, 10], "every second step is measured"
 
 
 def switched_off(output_dir: str) -> tuple[list[str], list[str], bool]:

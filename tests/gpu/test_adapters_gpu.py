@@ -41,7 +41,7 @@ def test_as_stock_peft_on_a_gpu(tmp_path: Path) -> None:
         for name, expected in adapted.state_dict().items():
             # PEFT rounds the update to bf16 before it adds it. Weights, not logits: in a model as small as this what
             # rounds otherwise may send a token to other experts.
-            torch.testing.assert_close(merged[name], expected, rtol=2**-7, atol=2**-9, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(merged[name], expected, rtol=2**-7, atol=2**-9, msg=f"{{}} of {name}".format)
 
 
 def test_liger_kernels_around_the_experts(tmp_path: Path) -> None:

@@ -35,8 +35,12 @@ def test_replays_change_nothing(name: str) -> None:
     assert counted_again[1:] == counted[1:]
 
 
+def model_of(adapted: bool) -> Any:
+    return Adapted("qwen3_moe", torch.bfloat16)() if adapted else tiny_model("qwen3_moe", dtype=torch.bfloat16)
+
+
 def train(
-    output_dir: Path, model: Any, mode: str, *, checkpoints: bool = False, **more: Any
+    output_dir: Path, model: Any, mode: str | None, *, checkpoints: bool = False, **more: Any
 ) -> tuple[list[dict[str, float]], LayerGraphs | None]:
     args = TrainingArguments(
         output_dir=str(output_dir),
@@ -49,7 +53,7 @@ def train(
         report_to=[],
         disable_tqdm=True,
         gradient_checkpointing=checkpoints,
-        torch_compile=True,
+        torch_compile=mode is not None,
         torch_compile_mode=mode,
     )
     rows = torch.randint(3, 128, (32, 16), generator=torch.Generator().manual_seed(0))
@@ -64,18 +68,55 @@ def train(
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapters"])
 def test_a_trainer_replays(backend: str, adapted: bool, checkpoints: bool, tmp_path: Path) -> None:
-    def model() -> Any:
-        return Adapted("qwen3_moe", torch.bfloat16)() if adapted else tiny_model("qwen3_moe", dtype=torch.bfloat16)
-
     config = MoEAccelConfig(expert_backend=backend)
-    expected, without = train(tmp_path / "plain", model(), "default", moe_config=config)
-    logs, graphs = train(tmp_path / "graphs", model(), "reduce-overhead", checkpoints=checkpoints, moe_config=config)
+    expected, without = train(tmp_path / "plain", model_of(adapted), "default", moe_config=config)
+    logs, graphs = train(
+        tmp_path / "graphs", model_of(adapted), "reduce-overhead", checkpoints=checkpoints, moe_config=config
+    )
     assert without is None and graphs is not None
     assert graphs.replayed == 14, "of 16 passes"
     assert not any(layer.captured for layer in graphs._layers), "memory is not given back"
     for name in ("loss", "grad_norm", "moe/dropped", "moe/load_max_over_mean"):
         assert [log[name] for log in logs] == pytest.approx([log[name] for log in expected], rel=5e-2), name
     assert all(log["moe/tokens_per_second"] > 0 and "moe/time/backward" in log for log in logs)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapters"])
+def test_a_trainer_replays_by_itself(adapted: bool, checkpoints: bool, tmp_path: Path) -> None:
+    off = MoEAccelConfig(cuda_graphs="off")
+    expected, without = train(tmp_path / "off", model_of(adapted), None, checkpoints=checkpoints, moe_config=off)
+    logs, graphs = train(tmp_path / "auto", model_of(adapted), None, checkpoints=checkpoints)
+    assert without is None and graphs is not None
+    assert graphs.replayed == 11, "of 16 passes, of which five come before"
+    for name in ("loss", "grad_norm", "moe/dropped", "moe/load_max_over_mean"):
+        assert [log[name] for log in logs] == pytest.approx([log[name] for log in expected], rel=5e-2), name
+    assert all("moe/router_entropy" in log and log["moe/time/experts"] > 0 for log in expected)
+    assert ["moe/router_entropy" in log and "moe/time/experts" in log for log in logs] == [True] + 3 * [False]
+
+
+def test_training_goes_on_after_a_capture_that_failed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def model() -> Any:
+        """Whose host waits for the device in a layer, which no graph can hold."""
+        made = model_of(adapted=True)
+        gate = made.get_base_model().model.layers[1].mlp.gate
+        plain = gate.forward
+
+        def forward(hidden: Any) -> Any:
+            assert hidden.sum().item() == hidden.sum().item()
+            return plain(hidden)
+
+        gate.forward = forward
+        return made
+
+    off = MoEAccelConfig(cuda_graphs="off")
+    expected, _ = train(tmp_path / "off", model(), None, moe_config=off)
+    with caplog.at_level("INFO", "hf_moe_accel"):
+        logs, graphs = train(tmp_path / "auto", model(), None)
+    assert graphs is None
+    assert "layers run without CUDA graphs from here on: none can hold a Qwen3MoeDecoderLayer" in caplog.text
+    for name in ("loss", "grad_norm"):
+        assert [log[name] for log in logs] == pytest.approx([log[name] for log in expected], rel=5e-2), name
 
 
 def test_what_no_graph_can_hold_is_refused(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_collective_timeout_out_of_range(value: Any) -> None:
 
 
 def test_levels_that_are_none() -> None:
+    with pytest.raises(ValueError, match="cuda_graphs='on' must be 'auto' or 'off'; to insist.*torch_compile_mode="):
+        MoEAccelConfig(cuda_graphs="on")
     with pytest.raises(ValueError, match="expert_checkpointing='none' must be one of 'activation', 'up', 'full'"):
         MoEAccelConfig(expert_checkpointing="none")
 

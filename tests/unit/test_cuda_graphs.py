@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import pickle
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import torch
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from hf_moe_accel import MoEAccelConfig, prepare_moe_model
-from hf_moe_accel.hf.cuda_graphs import LayerGraphs, why_not
+from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig, prepare_moe_model
+from hf_moe_accel.hf import cuda_graphs as library
+from hf_moe_accel.hf.compiling import CompiledLayer
+from hf_moe_accel.hf.cuda_graphs import LayerGraphs, replay_where_nothing_else_changes, why_not
+from hf_moe_accel.hf.loss import causal_lm_loss
 from hf_moe_accel.log import warn_once
 from hf_moe_accel.moe.stats import RoutingStats
 from hf_moe_accel.runtime import runtime_of
@@ -183,3 +188,186 @@ def test_on_a_cpu_layers_are_compiled_without_graphs(tmp_path: Path) -> None:
     _, trainer = train(with_sdpa(), args)
     assert_compiled(trainer.model_wrapped)
     assert LayerGraphs.of(trainer.model) is None
+
+
+def taken(asked: bool = False, **config: Any) -> tuple[Any, LayerGraphs]:
+    """Graphs that nobody asked for."""
+    model = prepare_moe_model(tiny_model("qwen3_moe", **config))
+    runtime = runtime_of(model)
+    assert runtime is not None
+    return model, LayerGraphs(model, runtime, CPU, asked=asked)
+
+
+def assert_over(model: Any, graphs: LayerGraphs) -> None:
+    assert LayerGraphs.of(model) is None
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+    assert not any(layer.captured for layer in graphs._layers)
+
+
+@pytest.mark.parametrize("name", ["full", "adapters", "checkpointing", "reentrant checkpointing"])
+def test_nobody_asked_for_them(name: str) -> None:
+    case = CASES[name]._replace(script="t" * 8)
+    expected, counted, _ = run(case, CPU, graphs=False, disable=True)
+    numbers, counted_again, replayed = run(case, CPU, graphs=True, asked=False)
+    assert numbers == pytest.approx(expected, rel=1e-4)
+    assert counted_again == counted
+    assert replayed == 3
+
+
+def test_nothing_is_compiled_that_nobody_asked_for() -> None:
+    model, _ = taken()
+    assert model.loss_function is causal_lm_loss
+    assert all(layer.forward._plain == types.MethodType(type(layer).forward, layer) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("where", ["a layer", "in a layer"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_are_called(kind: str, where: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, graphs = taken()
+    loop = Loop(model, CPU)
+    layer = model.model.layers[1]
+    called: list[int] = []
+    loop.run("t" * 7)
+    assert graphs.replayed == 2
+    module = layer if where == "a layer" else layer.mlp.gate
+    getattr(module, f"register_{kind}_hook")(lambda *_: called.append(1))
+    with caplog.at_level(logging.INFO, "hf_moe_accel"):
+        loop.run("tt")
+    assert len(called) == 2 and graphs.replayed == 2
+    assert_over(model, graphs)
+    assert "layers run without CUDA graphs from here on: layers or parts of them have hooks" in caplog.text
+
+
+def test_layers_with_hooks_are_not_captured(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(library, "_GIVE_UP", 9)
+    model, graphs = taken()
+    loop = Loop(model, CPU)
+    hook = model.model.layers[1].register_forward_hook(lambda *_: None)
+    loop.run("t" * 7)
+    hook.remove()
+    loop.run("t")
+    assert graphs.replayed == 1
+    model, graphs = taken()
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+    with caplog.at_level(logging.INFO, "hf_moe_accel"):
+        Loop(model, CPU).run("t" * 9)
+    assert graphs.replayed == 0
+    assert_over(model, graphs)
+    assert "have hooks, which no graph calls" in caplog.text
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_hooks_on_saved_tensors_are_called(asked: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """As where activations are offloaded."""
+    warn_once.cache_clear()
+    model, graphs = graphed() if asked else taken()
+    loop = Loop(model, CPU)
+    with caplog.at_level(logging.WARNING, "hf_moe_accel"):
+        for _ in range(21):
+            with save_on_cpu():
+                loop.run("t")
+    assert graphs.replayed == 0
+    assert ("layers run under hooks on saved tensors" in caplog.text) == asked
+
+
+@pytest.mark.parametrize("error", [RuntimeError("capture was invalidated\nby something"), torch.OutOfMemoryError("x")])
+def test_a_capture_that_fails_is_the_last_one(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, _, _ = run(CASES["full"]._replace(script="t" * 8), CPU, graphs=False, disable=True)
+    model, graphs = taken()
+    loop = Loop(model, CPU)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
+    with caplog.at_level(logging.INFO, "hf_moe_accel"):
+        loop.run("t" * 8)
+    assert loop.numbers == pytest.approx(expected, rel=1e-6)
+    assert graphs.replayed == 0
+    assert_over(model, graphs)
+    assert f"none can hold a Qwen3MoeDecoderLayer ({str(error).splitlines()[0]})" in caplog.text
+
+
+def test_memory_has_to_be_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(LayerGraphs, "_is_full", lambda graphs: True)
+    model, graphs = taken()
+    with caplog.at_level(logging.INFO, "hf_moe_accel"):
+        Loop(model, CPU).run("t" * 8)
+    assert graphs.replayed == 0
+    assert_over(model, graphs)
+    assert "less than 5% of the device's memory would be left" in caplog.text
+
+
+def test_they_end_when_batches_change(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model, graphs = taken()
+    with caplog.at_level(logging.INFO, "hf_moe_accel"):
+        Loop(model, CPU).run("t" * 7 + "s" * 19 + "t" + "s" * 20)
+    assert graphs.replayed == 3
+    assert_over(model, graphs)
+    assert "the last 20 passes were not like those that were captured" in caplog.text
+    monkeypatch.setattr(library, "_GIVE_UP", 10)
+    model, graphs = taken()
+    with caplog.at_level(logging.INFO, "hf_moe_accel"):
+        Loop(model, CPU).run("ttttts" * 2)
+    assert graphs.replayed == 0
+    assert_over(model, graphs)
+    assert "no six passes were alike" in caplog.text and "pad to a fixed length" in caplog.text
+
+
+def test_a_step_whose_layers_are_timed_is_not_replayed() -> None:
+    model, graphs = taken()
+    loop, runtime = Loop(model, CPU), runtime_of(model)
+    assert runtime is not None
+    loop.run("t" * 6)
+    runtime.timer.active = True
+    runtime.timer.clear()
+    loop.run("t")
+    assert graphs.replayed == 2, "parts of layers are not wanted in each step"
+    runtime.timer.clear()
+    runtime.timer.in_layers = True
+    loop.run("t")
+    assert graphs.replayed == 2
+    assert runtime.timer.take()["experts"] > 0
+
+
+def test_where_they_are_taken() -> None:
+    model = prepare_moe_model(tiny_model("qwen3_moe"), MoEAccelConfig(expert_backend="grouped_mm"))
+    runtime = runtime_of(model)
+    assert runtime is not None
+    replay_where_nothing_else_changes(model, runtime, CPU)
+    assert LayerGraphs.of(model) is None
+    layer = model.model.layers[1]
+    layer.forward = layer.forward
+    replay_where_nothing_else_changes(model, runtime, torch.device("cuda"))
+    assert LayerGraphs.of(model) is None, "somebody else has replaced the forward function of a layer"
+    del layer.forward
+    replay_where_nothing_else_changes(model, runtime, torch.device("cuda"))
+    graphs = LayerGraphs.of(model)
+    assert graphs is not None and not graphs.asked
+    graphs.remove()
+    runtime.check_tokens = True
+    replay_where_nothing_else_changes(model, runtime, torch.device("cuda"))
+    assert LayerGraphs.of(model) is None
+
+
+def test_another_trainer_takes_them_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taking: list[Any] = []
+    monkeypatch.setattr(
+        library, "replay_where_nothing_else_changes", lambda model, runtime, _: taking.append((model, runtime))
+    )
+    model, args = with_sdpa(), given(tmp_path)
+    for choice, number in (("auto", 1), ("off", 1)):
+        AcceleratedMoETrainer(model=model, args=args, moe_config=MoEAccelConfig(cuda_graphs=choice))
+        assert len(taking) == number and LayerGraphs.of(model) is None
+        LayerGraphs(*taking[0], CPU, asked=False)
+    AcceleratedMoETrainer(model=model, args=args)
+    assert len(taking) == 2 and LayerGraphs.of(model) is None
+
+
+def test_a_layer_can_be_pickled() -> None:
+    layer = tiny_model("qwen3_moe").model.layers[0]
+    layer.forward = CompiledLayer(layer, disable=True)
+    again = pickle.loads(pickle.dumps(layer))
+    assert again.forward.__self__ is again and again is not layer
