@@ -114,10 +114,10 @@ class MoEAccelConfig:
         default="auto",
         metadata={
             "help": "Whether the trainers replay layers as CUDA graphs, which spares the host launching each kernel. "
-            "'auto': where all experts are on one GPU, once batches of one shape have come several times, nothing "
-            "hooks into the layers, and memory is left: a pass has some of its own in graphs. 'off': never. To have "
-            "layers compiled as well, and to be told why where that cannot be, pass torch_compile=True and "
-            "torch_compile_mode='reduce-overhead'."
+            "'auto': where all experts are on one GPU, once it waits for the host, batches of one shape have come "
+            "several times, nothing hooks into the layers, and memory is left: a pass has some of its own in graphs. "
+            "'off': never. To have layers compiled as well, and to be told why where that cannot be, pass "
+            "torch_compile=True and torch_compile_mode='reduce-overhead'."
         },
     )
     check_tokens: bool = field(

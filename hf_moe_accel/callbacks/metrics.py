@@ -70,6 +70,8 @@ class MoEMetricsCallback(TrainerCallback):
             return
         self._clock.begin_step()
         step = state.global_step + 1
+        if args.logging_strategy == "no":
+            return
         every = state.logging_steps if args.logging_strategy == "steps" else 10
         if step % every == 0 or (step == 1 and args.logging_first_step):
             self._probes.clear()

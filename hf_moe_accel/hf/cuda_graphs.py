@@ -18,10 +18,11 @@ layer again, in memory that all layers share. States of random numbers are left 
 that draws any is not captured.
 
 [Note: graphs that nobody asked for]
-Trainers take them where nothing but the time of a pass can change. Layers are not compiled then. A capture takes
-seconds, so more passes have to be alike before it, and memory has to be left after it. Nothing of anybody else may
-look into a layer or at what it returns (hooks), and a step in which the parts of layers are timed runs without graphs.
-Otherwise, and when they have not served for a while, the layers get their own forward functions back for good.
+Trainers take them where nothing but the time of a pass can change. Layers are not compiled then. A pass has memory of
+its own in graphs, so the device must have waited for the host, or they would gain nothing, and memory has to be left.
+A capture takes seconds, so more passes have to be alike before it. Nothing of anybody else may look into a layer or at
+what it returns (hooks), and a step in which the parts of layers are timed runs without graphs. Otherwise, and when
+they have not served for a while, the layers get their own forward functions back for good.
 
 [Note: the gradients of parameters]
 A graph writes them to the same memory each time, and autograd takes that memory for `.grad` as it is. Before a pass
@@ -68,6 +69,7 @@ _SAVED = (
     "run under hooks on saved tensors, such as for offloading activations, which no graph calls: leave those out, or "
     "torch_compile_mode"
 )
+_BUSY = "keep the device busy, which need not wait for the host: they would gain nothing"
 _HOOKED = "or parts of them have hooks, which no graph calls"
 # What a layer may be given beside tensors: a graph is good for one value of each.
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -148,8 +150,11 @@ class LayerGraphs:
         self.device = device
         self.stats = runtime.stats
         self._timer = runtime.timer
+        self._pace: _Pace | None = None
         if not asked:
             kwargs = {"disable": True}
+            if device.type == "cuda":
+                self._pace = _Pace(functools.partial(torch.Event, device))
         self._layers = [_Layer(self, module, **kwargs) for module in layers_of(model)]
         for layer in self._layers:
             layer.module.forward = layer
@@ -192,6 +197,8 @@ class LayerGraphs:
         """Note a call of a layer in training. Returns whether it may be replayed."""
         if not self._running or layer in self._running:
             self._begin(layer, inputs)
+        if self._pace is not None and not self._captured:
+            self._pace.enter_layer()
         self._running[layer] = inputs._replace(tensors=[]) if self._captured else inputs.noted()
         return self._replays and layer.serves(inputs)
 
@@ -238,6 +245,8 @@ class LayerGraphs:
                 self._capture(self._last)
             elif self._passes == (_PATIENCE if self.asked else _GIVE_UP):
                 self._explain(before)
+            if self._pace is not None:
+                self._pace.begin_pass()
         backward = None if self._backward is None else self._backward()
         in_use = backward is not None and not backward.has_run
         stands_back = not self.asked and self._timer.active and self._timer.in_layers
@@ -259,6 +268,8 @@ class LayerGraphs:
             strange = _SAVED
         if strange is None and not self.asked and are_foreign(self._hooks_now()):
             strange = _HOOKED
+        if strange is None and self._pace is not None and not self._pace.device_waits:
+            strange = _BUSY
         return strange
 
     def _hooks_now(self) -> list[dict[int, Any]]:
@@ -502,6 +513,36 @@ class _Captured(nn.Module):
     def forward(self, *tensors: Tensor) -> Any:
         """What is captured; the graph takes its place."""
         return self._layer.capture(*self.signature.call(tensors))
+
+
+class _Pace:
+    """Whether the host is ahead of the device in a forward pass.
+
+    Args:
+        make_event: of the device.
+    """
+
+    def __init__(self, make_event: Callable[[], Any]) -> None:
+        self._make_event = make_event
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """Forget the last pass."""
+        self._entered = self._caught_up = 0
+        self._before: Any = None
+
+    def enter_layer(self) -> None:
+        """Note whether the device has come to the layer before."""
+        before, self._before = self._before, self._make_event()
+        self._before.record()
+        if before is not None:
+            self._entered += 1
+            self._caught_up += before.query()
+
+    @property
+    def device_waits(self) -> bool:
+        """Whether it had at most layers of the pass: a host that is ahead is so by more and more layers."""
+        return 2 * self._caught_up > self._entered
 
 
 class _Backward:

@@ -295,8 +295,9 @@ class AcceleratedMoEMixin(CheckpointMixin):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         """As in the trainer; where nothing but the loss is read of what the model returns, nothing else is made."""
-        reads = self.label_smoother is not None or self.compute_loss_func is not None
-        if return_outputs or reads or self._moe_runtime is None or super().compute_loss.__func__ is not _PLAIN_LOSS:
+        reads = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
+        is_plain = getattr(super().compute_loss, "__func__", None) is _PLAIN_LOSS
+        if reads or not is_plain or self._moe_runtime is None:
             return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         with logits_as_made(self.model, base_of(self.model)):
             return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)

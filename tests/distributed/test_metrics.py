@@ -243,22 +243,27 @@ def test_logging_by_epoch(tmp_path: Path) -> None:
     assert first["moe/load_max_over_mean"] == second["moe/load_max_over_mean"] == 2
 
 
-def test_layers_that_are_graphs_stand_back_now_and_then(tmp_path: Path) -> None:
-    wanted: list[tuple[int, bool]] = []
+@pytest.mark.parametrize(("strategy", "expected"), [("steps", [2, 6, 10]), ("epoch", [10]), ("no", [])])
+def test_layers_that_are_graphs_stand_back_now_and_then(strategy: str, expected: list[int], tmp_path: Path) -> None:
+    """With logs of every second step, which are measured."""
+    wanted: list[int] = []
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            wanted.append((state.global_step + 1, runtime_of(kwargs["model"]).timer.in_layers))
+            runtime = runtime_of(kwargs["model"])
+            assert runtime is not None
+            if runtime.timer.in_layers:
+                wanted.append(state.global_step + 1)
 
     with mock.patch.object(metrics, "_IN_LAYERS_EVERY", 4):
         ours = AcceleratedMoETrainer(
             model=tiny_model("qwen3_moe"),
-            args=arguments(str(tmp_path), max_steps=10),
+            args=arguments(str(tmp_path), max_steps=10, logging_strategy=strategy),
             callbacks=[Look()],
             train_dataset=ragged_batch_dataset(80, LENGTH),
         )
         ours.train()
-    assert [step for step, each in wanted if each] == [2, 6, 10], "every second step is measured"
+    assert wanted == expected
 
 
 def switched_off(output_dir: str) -> tuple[list[str], list[str], bool]:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from hf_moe_accel import AcceleratedMoETrainer, MoEAccelConfig, prepare_moe_model
 from hf_moe_accel.hf import cuda_graphs as library
 from hf_moe_accel.hf.compiling import CompiledLayer
-from hf_moe_accel.hf.cuda_graphs import LayerGraphs, replay_where_nothing_else_changes, why_not
+from hf_moe_accel.hf.cuda_graphs import LayerGraphs, _Pace, replay_where_nothing_else_changes, why_not
 from hf_moe_accel.hf.loss import causal_lm_loss
 from hf_moe_accel.log import warn_once
 from hf_moe_accel.moe.stats import RoutingStats
@@ -314,6 +314,55 @@ def test_they_end_when_batches_change(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert graphs.replayed == 0
     assert_over(model, graphs)
     assert "no six passes were alike" in caplog.text and "pad to a fixed length" in caplog.text
+
+
+class Event:
+    """Of a device that needs so many times as long for a layer as the host, from a common start on."""
+
+    device_over_host, made = 0.0, 0
+
+    def __init__(self) -> None:
+        self.due = Event.made * Event.device_over_host
+        Event.made += 1
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.due <= Event.made - 1
+
+
+@pytest.mark.parametrize(("device_over_host", "waits"), [(0.3, True), (0.9, True), (1.2, False), (3.0, False)])
+def test_a_device_that_does_not_wait_for_the_host(device_over_host: float, waits: bool) -> None:
+    pace = _Pace(Event)
+    Event.device_over_host = device_over_host
+    for _ in range(2):
+        Event.made = 0
+        pace.begin_pass()
+        for _ in range(16):
+            pace.enter_layer()
+        assert pace.device_waits == waits
+
+
+@pytest.mark.parametrize("device_over_host", [0.5, 4.0])
+def test_graphs_are_taken_where_the_device_waits(
+    device_over_host: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "_GIVE_UP", 8)
+    model, graphs = taken(num_hidden_layers=6)
+    loop = Loop(model, CPU)
+    graphs._pace = _Pace(Event)
+    Event.device_over_host = device_over_host
+    with caplog.at_level(logging.INFO, "hf_moe_accel"):
+        for _ in range(8):
+            Event.made = 0
+            loop.run("t")
+    if device_over_host < 1:
+        assert graphs.replayed == 3
+    else:
+        assert graphs.replayed == 0
+        assert_over(model, graphs)
+        assert "layers keep the device busy, which need not wait for the host" in caplog.text
 
 
 def test_a_step_whose_layers_are_timed_is_not_replayed() -> None:
