@@ -69,7 +69,7 @@ _SAVED = (
     "run under hooks on saved tensors, such as for offloading activations, which no graph calls: leave those out, or "
     "torch_compile_mode"
 )
-_BUSY = "keep the device busy, which need not wait for the host: they would gain nothing"
+_BUSY = "keep the device busy, which need not wait for the host"
 _HOOKED = "or parts of them have hooks, which no graph calls"
 # What a layer may be given beside tensors: a graph is good for one value of each.
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -256,7 +256,7 @@ class LayerGraphs:
             self.replayed += 1
             self._idle = 0
             self._part_from_gradients()
-        elif self._captured and not self.asked:
+        elif self._captured and not self.asked and not stands_back:
             self._idle += 1
             if self._idle == _PATIENCE:
                 self._give_up(f"the last {_PATIENCE} passes were not like those that were captured")
@@ -298,14 +298,16 @@ class LayerGraphs:
         try:
             with self._uncounted(), _without_autocast_cache(self.device.type):
                 torch.cuda.make_graphed_callables(captured, samples, allow_unused_input=True)
-        except RuntimeError as error:
+        except Exception as error:
             kind = type(captured[0].module).__name__
-            if self.asked:
+            failed = f"none can hold a {kind} ({str(error).partition(chr(10))[0]})"
+            if self.asked and isinstance(error, RuntimeError):
                 raise RuntimeError(
                     f"torch_compile_mode='reduce-overhead': no CUDA graph can hold a {kind} ({error}). Leave "
                     "torch_compile_mode out: layers are compiled without graphs then."
                 ) from error
-            failed = f"none can hold a {kind} ({str(error).splitlines()[0]})"
+            if self.asked:
+                raise
         finally:
             self._timer.active = timed
         if not self.asked and not failed and self._is_full():
@@ -359,7 +361,8 @@ class LayerGraphs:
         passes = [next(iter(each.values())) for each in (before, self._last) if each]
         strange = self._strange()
         if strange is not None:
-            reason = f"layers {strange}"
+            # What to leave out says, after the colon, who asked for graphs.
+            reason = f"layers {strange if self.asked else strange.partition(':')[0]}"
         else:
             shapes = " and then ".join(str([tuple(t.shape) for t in inputs.tensors]) for inputs in passes)
             number = "three" if self.asked else "six"

@@ -270,7 +270,7 @@ def test_hooks_on_saved_tensors_are_called(asked: bool, caplog: pytest.LogCaptur
     assert ("layers run under hooks on saved tensors" in caplog.text) == asked
 
 
-@pytest.mark.parametrize("error", [RuntimeError("capture was invalidated\nby something"), torch.OutOfMemoryError("x")])
+@pytest.mark.parametrize("error", [RuntimeError("was invalidated\nby something"), ValueError()])
 def test_a_capture_that_fails_is_the_last_one(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -287,7 +287,7 @@ def test_a_capture_that_fails_is_the_last_one(
     assert loop.numbers == pytest.approx(expected, rel=1e-6)
     assert graphs.replayed == 0
     assert_over(model, graphs)
-    assert f"none can hold a Qwen3MoeDecoderLayer ({str(error).splitlines()[0]})" in caplog.text
+    assert f"none can hold a Qwen3MoeDecoderLayer ({str(error).partition(chr(10))[0]})" in caplog.text
 
 
 def test_memory_has_to_be_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -379,6 +379,10 @@ def test_a_step_whose_layers_are_timed_is_not_replayed() -> None:
     loop.run("t")
     assert graphs.replayed == 2
     assert runtime.timer.take()["experts"] > 0
+    loop.run("t" * 20)
+    runtime.timer.active = False
+    loop.run("t")
+    assert graphs.replayed == 3, "such steps do not count as passes that were not alike"
 
 
 def test_where_they_are_taken() -> None:
