@@ -353,6 +353,8 @@ def _describe(fn: Callable[..., Any], ranks: list[_Rank], started: float) -> str
 
 
 def _tail(text: str) -> str:
+    # What faulthandler adds to a stack, and would leave no room for what crashed.
+    text = re.sub(r"\nExtension modules: .*", "", text)
     return text if len(text) <= SHOWN_OUTPUT else "[...] " + text[-SHOWN_OUTPUT:]
 
 
