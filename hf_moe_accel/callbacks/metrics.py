@@ -78,9 +78,9 @@ class MoEMetricsCallback(TrainerCallback):
             self._probes.measures = True
             assert self._runtime is not None
             self._runtime.timer.clear()
-            if step > self._next_in_layers:
+            if step >= self._next_in_layers:
                 self._runtime.timer.in_layers = True
-                self._next_in_layers = step + _IN_LAYERS_EVERY - 1
+                self._next_in_layers = step + _IN_LAYERS_EVERY
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A backward pass has ended."""

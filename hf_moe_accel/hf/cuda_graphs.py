@@ -174,8 +174,7 @@ class LayerGraphs:
         self._last: dict[_Layer, _Inputs] = {}
         self._passes = self._alike = self._idle = 0
         self._captured = self._replays = False
-        self._hooks: list[dict[int, Any]] = []  # where hooks may be that a graph does not call
-        self._num_hooks = 0
+        self._hooks: list[dict[int, Any]] = []  # where hooks may come that would end graphs nobody asked for
         self._state: Any = None
         self._parameters: list[nn.Parameter] = []
         self._adapted: list[Any] = []
@@ -236,7 +235,8 @@ class LayerGraphs:
         before, self._last, self._running = self._last, self._running, {}
         self._passes += 1
         if self._captured:
-            self._look_for_hooks()
+            if are_foreign(self._hooks):
+                self._give_up(f"layers {_HOOKED}")
         else:
             signatures = _signatures(self._last)
             alike = signatures == _signatures(before) and signatures[:1] == [(first, inputs.signature)]
@@ -275,13 +275,6 @@ class LayerGraphs:
     def _hooks_now(self) -> list[dict[int, Any]]:
         return hooks_of([part for layer in self._layers for part in layer.module.modules()])
 
-    def _look_for_hooks(self) -> None:
-        """Graphs that nobody asked for end where hooks of anybody else come."""
-        number = sum(map(len, self._hooks))
-        if number != self._num_hooks and are_foreign(self._hooks):
-            self._give_up(f"layers {_HOOKED}")
-        self._num_hooks = number
-
     def _give_up(self, reason: str) -> None:
         self.remove()
         say(f"hf_moe_accel: layers run without CUDA graphs from here on: {reason}")
@@ -300,13 +293,14 @@ class LayerGraphs:
                 torch.cuda.make_graphed_callables(captured, samples, allow_unused_input=True)
         except Exception as error:
             kind = type(captured[0].module).__name__
-            failed = f"none can hold a {kind} ({str(error).partition(chr(10))[0]})"
-            if self.asked and isinstance(error, RuntimeError):
+            if not self.asked:
+                failed = f"none can hold a {kind} ({str(error).partition(chr(10))[0]})"
+            elif isinstance(error, RuntimeError):
                 raise RuntimeError(
                     f"torch_compile_mode='reduce-overhead': no CUDA graph can hold a {kind} ({error}). Leave "
                     "torch_compile_mode out: layers are compiled without graphs then."
                 ) from error
-            if self.asked:
+            else:
                 raise
         finally:
             self._timer.active = timed
@@ -324,7 +318,6 @@ class LayerGraphs:
         self._adapted = [part for each in captured for part in each.modules() if hasattr(part, "merged_adapters")]
         if not self.asked:
             self._hooks = self._hooks_now()
-            self._num_hooks = sum(map(len, self._hooks))
         self._captured, self._last = True, {}
         self._state = self._state_now()
 
