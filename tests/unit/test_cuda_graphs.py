@@ -220,7 +220,7 @@ def test_nothing_is_compiled_that_nobody_asked_for() -> None:
     assert all(layer.forward._plain == types.MethodType(type(layer).forward, layer) for layer in model.model.layers)
 
 
-@pytest.mark.parametrize("where", ["a layer", "in a layer"])
+@pytest.mark.parametrize("where", ["a layer", "in a layer", "all modules"])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_are_called(kind: str, where: str, caplog: pytest.LogCaptureFixture) -> None:
     model, graphs = taken()
@@ -229,10 +229,18 @@ def test_hooks_are_called(kind: str, where: str, caplog: pytest.LogCaptureFixtur
     called: list[int] = []
     loop.run("t" * 7)
     assert graphs.replayed == 2
-    module = layer if where == "a layer" else layer.mlp.gate
-    getattr(module, f"register_{kind}_hook")(lambda *_: called.append(1))
-    with caplog.at_level(logging.INFO, "hf_moe_accel"):
-        loop.run("tt")
+    if where == "all modules":
+        watched = layer.mlp.gate
+        register = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")
+        handle = register(lambda module, *_: called.extend([1] * (module is watched)))
+    else:
+        module = layer if where == "a layer" else layer.mlp.gate
+        handle = getattr(module, f"register_{kind}_hook")(lambda *_: called.append(1))
+    try:
+        with caplog.at_level(logging.INFO, "hf_moe_accel"):
+            loop.run("tt")
+    finally:
+        handle.remove()
     assert len(called) == 2 and graphs.replayed == 2
     assert_over(model, graphs)
     assert "layers run without CUDA graphs from here on: layers or parts of them have hooks" in caplog.text
