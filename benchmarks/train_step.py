@@ -11,7 +11,7 @@ optimizer and attention, and with the same activation checkpointing and compilin
 fastest, and LoRA of ours once more with activation checkpointing, which stock needs. Stock runs with each of its
 expert implementations that the cell names; its best one counts. LoRA has rank 16 on attention and on all experts. Time
 is the mean of the steps on the clock, data loading and optimizer included, from one wait for the device to another;
-memory is the peak that is reserved (CPU: resident).
+memory is the peak that is reserved (CPU: resident), and "replayed" says how many passes of ours were CUDA graphs.
 """
 
 from __future__ import annotations
@@ -209,6 +209,12 @@ def run_arm(options: argparse.Namespace) -> None:
     seconds = clock.seconds()
     tokens = options.accumulation * options.tokens
     found = {"tokens_per_s": tokens / seconds, "ms": 1e3 * seconds, "peak_mib": clock.memory.mib()}
+    if is_ours:
+        from hf_moe_accel.hf.cuda_graphs import LayerGraphs
+        from hf_moe_accel.hf.discover import base_of
+
+        graphs = LayerGraphs.of(base_of(trainer.model))
+        found["replayed"] = 0 if graphs is None else graphs.replayed
     if options.profile:
         print(found)
     else:

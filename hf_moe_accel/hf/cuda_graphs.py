@@ -238,6 +238,8 @@ class LayerGraphs:
             if are_foreign(self._hooks):
                 self._give_up(f"layers {_HOOKED}")
         else:
+            if self._pace is not None:
+                self._pace.begin_pass()
             signatures = _signatures(self._last)
             alike = signatures == _signatures(before) and signatures[:1] == [(first, inputs.signature)]
             self._alike = self._alike + 1 if alike else 0
@@ -245,8 +247,6 @@ class LayerGraphs:
                 self._capture(self._last)
             elif self._passes == (_PATIENCE if self.asked else _GIVE_UP):
                 self._explain(before)
-            if self._pace is not None:
-                self._pace.begin_pass()
         backward = None if self._backward is None else self._backward()
         in_use = backward is not None and not backward.has_run
         stands_back = not self.asked and self._timer.active and self._timer.in_layers
@@ -512,7 +512,7 @@ class _Captured(nn.Module):
 
 
 class _Pace:
-    """Whether the host is ahead of the device in a forward pass.
+    """Whether the host is ahead of the device in forward passes.
 
     Args:
         make_event: of the device.
@@ -520,12 +520,16 @@ class _Pace:
 
     def __init__(self, make_event: Callable[[], Any]) -> None:
         self._make_event = make_event
-        self.begin_pass()
+        self._entered = self._caught_up = self._in_a_row = 0
+        self._before: Any = None
 
     def begin_pass(self) -> None:
-        """Forget the last pass."""
+        """Add up the last pass."""
+        # A host that is ahead is so by more and more layers.
+        waited = 0 < self._entered and 9 * self._entered <= 10 * self._caught_up
+        self._in_a_row = self._in_a_row + 1 if waited else 0
         self._entered = self._caught_up = 0
-        self._before: Any = None
+        self._before = None
 
     def enter_layer(self) -> None:
         """Note whether the device has come to the layer before."""
@@ -537,8 +541,8 @@ class _Pace:
 
     @property
     def device_waits(self) -> bool:
-        """Whether it had at most layers of the pass: a host that is ahead is so by more and more layers."""
-        return 2 * self._caught_up > self._entered
+        """Whether it had at nearly all layers, in as many passes in a row as have to be alike."""
+        return self._in_a_row >= _ALIKE
 
 
 class _Backward:
