@@ -41,6 +41,8 @@ def settings_of(arm: str, cell: dict[str, Any], found: dict[str, Any]) -> str:
     said += {"on": ["compiled"], "reduce-overhead": ["CUDA graphs"]}.get(own.get("compile", "off"), [])
     if own.get("compile", "off") == "off" and cell["median"].get(arm, {}).get("replayed"):
         said.append("CUDA graphs by itself")
+    if own.get("liger", "off") == "on":
+        said.append("Liger")
     if own.get("expert_checkpointing", "activation") != "activation" and arm.startswith("ours"):
         said.append(f"experts' {own['expert_checkpointing']}")
     return ", ".join(said)
