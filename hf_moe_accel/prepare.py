@@ -34,6 +34,7 @@ from hf_moe_accel.hf.install import bind
 from hf_moe_accel.hf.keys import original_classes
 from hf_moe_accel.hf.loading import distributed_config, flatten_expert_mesh, is_sharded, shard_in_place
 from hf_moe_accel.hf.loss import chunk_loss
+from hf_moe_accel.hf.norms import fuse_norms
 from hf_moe_accel.hf.shared import overlap_shared, why_not_shared
 from hf_moe_accel.log import say, warn_once
 from hf_moe_accel.registry import Registry
@@ -134,7 +135,8 @@ def prepare_moe_model(
         reason = why_not_shared(base, found)
         if reason is not None:
             setup = replace(setup, notes=(*setup.notes, f"shared experts while tokens travel: {reason}"))
-    runtime.report, runtime.settings = report(base, found, setup), asdict(config)
+    norms = fuse_norms(base) if _device().type == "cuda" else 0
+    runtime.report, runtime.settings = report(base, found, setup, norms), asdict(config)
     runtime.follow(base)
     keep_exchanges_when_checkpointing(base)
     chunk_loss(base)
@@ -279,14 +281,15 @@ def _check_prepared(runtime: MoERuntime, config: MoEAccelConfig) -> None:
             )
 
 
-def report(model: Any, found: Sequence[FoundExperts], setup: Setup) -> str:
-    """What was prepared, for people."""
+def report(model: Any, found: Sequence[FoundExperts], setup: Setup, norms: int = 0) -> str:
+    """What was prepared, for people; of `norms`, how many run in our kernels."""
     experts = sorted({item.spec.num_experts for item in found})
     lines = [
         f"hf_moe_accel: {class_name(model)}, {len(found)} MoE layers of {' or '.join(map(str, experts))} experts",
         f"  layout      {setup.topology.describe()}",
         f"  dispatcher  {setup.dispatcher}",
         f"  experts     {setup.backend}",
+        *([f"  norms       {norms} in one kernel each way"] if norms else []),
         *(f"  not taken   {note}" for note in setup.notes),
     ]
     return "\n".join(lines)
