@@ -52,9 +52,8 @@ def find_formula(norm: nn.Module) -> NormFormula | None:
     weight = getattr(norm, "weight", None)
     if not isinstance(eps, float) or list(norm._parameters) != ["weight"] or weight is None or weight.dim() != 1:
         return None
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3, 8, 64, generator=generator) * torch.tensor([1e-3, 1.0, 30.0])[:, None, None]
-    weight = torch.randn(64, generator=generator)
+    drawn = torch.randn(25, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    rows, weight = torch.cat([scale * drawn[:24] for scale in (1e-3, 1.0, 30.0)]), drawn[24]
     # Not a copy, which FSDP2 forbids; its hooks are not called.
     bare: Any = object.__new__(type(norm))
     bare.__dict__.update(norm.__dict__)

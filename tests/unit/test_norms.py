@@ -45,8 +45,13 @@ def test_formulas_are_found(name: str) -> None:
     expected = KNOWN[name]
     norm = getattr(module, kind)(**({} if "Unweighted" in kind else {"eps": 1e-5}), **size_of(kind))
     assert find_formula(norm) == expected
-    # It is the same on a device without memory.
-    assert find_formula(norm.to("meta")) == expected
+    # It is the same on a device without memory, and where models are made on another one, in another dtype.
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert find_formula(norm.to("meta")) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def size_of(kind: str) -> dict[str, Any]:
