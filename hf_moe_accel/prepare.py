@@ -69,7 +69,8 @@ def prepare_moe_model(
     With one process nothing is sharded; with several (torchrun) the dense weights are sharded by FSDP2 and the experts
     by expert parallelism, in place: each rank keeps its slices of the copy it holds. To read only this rank's slices
     from disk, load with `hf_moe_accel.AutoModelForCausalLM` instead. Parameter names do not change. The usual loss of
-    a causal language model takes less memory; another one stays.
+    a causal language model takes less memory; another one stays. Norms whose formula is known run in one kernel each
+    way on a GPU.
 
     As a plugin for a Trainer that you cannot change: prepare the model, pass `MoEAccelCallback()`, set
     `save_only_model=True`. Checkpoints are then standard model files, written through the model's `save_pretrained`
