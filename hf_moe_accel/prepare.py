@@ -37,6 +37,7 @@ from hf_moe_accel.hf.loss import chunk_loss
 from hf_moe_accel.hf.norms import fuse_norms
 from hf_moe_accel.hf.shared import overlap_shared, why_not_shared
 from hf_moe_accel.log import say, warn_once
+from hf_moe_accel.ops import triton as triton_ops
 from hf_moe_accel.registry import Registry
 from hf_moe_accel.runtime import MoERuntime, runtime_of
 from hf_moe_accel.topology import ExpertTopology
@@ -136,7 +137,7 @@ def prepare_moe_model(
         reason = why_not_shared(base, found)
         if reason is not None:
             setup = replace(setup, notes=(*setup.notes, f"shared experts while tokens travel: {reason}"))
-    norms = fuse_norms(base) if _device().type == "cuda" else 0
+    norms = fuse_norms(base) if triton_ops.why_not(_device()) is None else 0
     runtime.report, runtime.settings = report(base, found, setup, norms), asdict(config)
     runtime.follow(base)
     keep_exchanges_when_checkpointing(base)

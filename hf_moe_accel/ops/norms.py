@@ -49,8 +49,8 @@ def find_formula(norm: nn.Module) -> NormFormula | None:
         norm: with one parameter, `weight`, [D].
     """
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    weight = getattr(norm, "weight", None)
-    if not isinstance(eps, float) or list(norm._parameters) != ["weight"] or weight is None or weight.dim() != 1:
+    own = norm._parameters.get("weight")
+    if not isinstance(eps, float) or len(norm._parameters) != 1 or own is None or own.dim() != 1:
         return None
     drawn = torch.randn(25, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     rows, weight = torch.cat([scale * drawn[:24] for scale in (1e-3, 1.0, 30.0)]), drawn[24]
@@ -121,7 +121,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         from hf_moe_accel.ops.triton.norm import backward
 
         x, weight_D, inverse_N = ctx.saved_tensors

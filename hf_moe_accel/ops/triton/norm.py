@@ -126,7 +126,7 @@ def backward(
         device = x_ND.device
         count = cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         programs = min(programs, _PROGRAMS_A_MULTIPROCESSOR * count)
-        partial_PD = empty(programs, size, dtype=float32, device=x_ND.device)
+        partial_PD = empty(programs, size, dtype=float32, device=device)
     grad_x_ND = empty_like(x_ND)
     _backward_kernel[(programs,)](
         grad_ND, x_ND, weight_D, inverse_N, grad_x_ND, partial_PD, num_rows, offset, ROUNDS=rounds, **sizes
